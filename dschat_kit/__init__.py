@@ -1,0 +1,34 @@
+"""RLHF you can read, run and research: notebooks over real DeepSpeed jobs.
+
+Read the modules in READING_ORDER; every one imports only from those before it.
+
+    config, presets, machine, runs, metrics   what was asked, the machine, and the run folder
+    data/      raw rows -> records -> exact text -> splits -> token rows -> batches
+    models/    Hugging Face models: causal, and with a scalar head
+    rlhf/      the mathematics, plain torch
+    engine/    DeepSpeed: engines, generation, checkpoints
+    train/     the launched programs, one page a stage
+    chat       talk to the result
+    notebook/  what a kernel uses: files only, no torch
+    cli        the command `dschat`
+"""
+
+READING_ORDER = (
+    "config", "presets", "machine", "runs", "metrics",
+    "data.toy", "data.sources", "data.prompts", "data.splits", "data.tokenizer", "data.pipeline", "data.datasets",
+    "models.loading", "models.scalar_model", "models.fetch",
+    "rlhf.experience", "rlhf.rewards", "rlhf.losses", "rlhf.rollout",
+    "engine.ds_config", "engine.engines", "engine.zero", "engine.rollout_types", "engine.decode", "engine.hybrid",
+    "engine.checkpoints",
+    "train.session", "train.sft", "train.reward", "train.prompts", "train.ppo_metrics", "train.ppo",
+    "chat",
+    "notebook.processes", "notebook.lines", "notebook.report", "notebook.launch", "notebook.stage", "notebook.progress",
+    "notebook.monitor", "notebook.plots", "notebook.execute", "notebook.doctor",
+    "cli",
+)
+
+
+def load(run_root, stage: str | None = None):
+    """The trained model of a run, ready to talk: `dschat_kit.load("runs/tiny").ask("what does a cow say?")`."""
+    from dschat_kit.chat import ChatSession
+    return ChatSession.open(run_root, stage)

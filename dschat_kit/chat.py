@@ -1,0 +1,133 @@
+"""Talk to an exported model: one answer, a stream, several at once, or two models side by side.
+
+The one place where a notebook's kernel loads torch; it computes on the CPU unless told otherwise.
+"""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from dschat_kit.data.prompts import HUMAN, prompt_text, response_text
+from dschat_kit.data.tokenizer import open_tokenizer, pad_id_of
+from dschat_kit.models.loading import model_inputs
+from dschat_kit.runs import RunError, StageRun, open_run
+
+__all__ = ["ChatSession", "compare", "talk"]
+
+
+class ChatSession:
+    """A model folder and the dialogue so far. Temperature 0 answers with the likeliest tokens."""
+
+    def __init__(self, model_dir: str | Path, *, device: str = "cpu", max_new_tokens: int = 128):
+        from transformers import AutoModelForCausalLM
+        if not (Path(model_dir) / "config.json").exists():
+            raise RunError(f"{model_dir} holds no exported model\n  change: train it first, or name another run")
+        self.tokenizer = open_tokenizer(model_dir)
+        self.model = AutoModelForCausalLM.from_pretrained(str(model_dir)).to(device).eval()
+        self.max_new_tokens, self.history = max_new_tokens, ""
+
+    @classmethod
+    def open(cls, run_root: str | Path, stage: str | None = None, **options) -> "ChatSession":
+        """The model of a run: that of `stage`, or of the last stage that has one (ppo, then sft)."""
+        runs = [open_run(Path(run_root), name) for name in ([stage] if stage else ["ppo", "sft"])]
+        for run in runs:
+            if (run.model_dir / "config.json").exists():
+                return cls(run.model_dir, **{"max_new_tokens": _length(run)} | options)
+        raise RunError(f"{Path(run_root).absolute()} has no exported model of {' or '.join(run.stage for run in runs)}\n"
+                       f"  change: dschat run --run-root {run_root}, or name another run")
+
+    def ask(self, text: str, *, temperature: float = 0.0, seed: int = 0, remember: bool = False) -> str:
+        """One answer. `remember` keeps question and answer as context of the next one."""
+        answer = self.ask_all([self.history + text if not self.history else f"{self.history}{HUMAN} {text}"],
+                              temperature=temperature, seed=seed)[0]
+        if remember:
+            self._remember(text, answer)
+        return answer
+
+    @torch.no_grad()
+    def ask_all(self, texts: list[str], *, temperature: float = 0.0, seed: int = 0) -> list[str]:
+        """Answers to several questions in one batch; a question may be a whole dialogue."""
+        if not texts or any(not text.strip() for text in texts):
+            raise RunError("got an empty question\n  expected: some text to answer")
+        prompts = [prompt_text(text) for text in texts]
+        batch = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False) \
+            if len(prompts) > 1 else self.tokenizer(prompts, return_tensors="pt", add_special_tokens=False)
+        tokens = self.model.generate(**self._inputs(batch), **self._sampling(temperature, seed))
+        width = batch["input_ids"].shape[1]
+        return [text.strip() for text in self.tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)]
+
+    def stream(self, text: str, *, temperature: float = 0.0, seed: int = 0, remember: bool = True) -> Iterator[str]:
+        """The answer piece by piece, as it is generated."""
+        from transformers import TextIteratorStreamer
+        if not text.strip():
+            raise RunError("got an empty question\n  expected: some text to answer")
+        prompt = prompt_text(f"{self.history}{HUMAN} {text}" if self.history else text)
+        batch = self.tokenizer([prompt], return_tensors="pt", add_special_tokens=False)
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        failure: list[BaseException] = []
+
+        def work():
+            try:
+                self.model.generate(**self._inputs(batch), **self._sampling(temperature, seed), streamer=streamer)
+            except BaseException as error:  # handed to the reader below, who would wait for ever otherwise
+                failure.append(error)
+                streamer.end()
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        pieces = []
+        for piece in streamer:
+            pieces.append(piece)
+            yield piece
+        thread.join()
+        if failure:
+            raise failure[0]
+        if remember:
+            self._remember(text, "".join(pieces).strip())
+
+    def _inputs(self, batch) -> dict:
+        mask = batch["attention_mask"].bool()
+        inputs = model_inputs(self.model, batch["input_ids"], mask)
+        return {name: value.to(self.model.device) for name, value in inputs.items() if name != "position_ids"}
+
+    def _sampling(self, temperature: float, seed: int) -> dict:
+        torch.manual_seed(seed)
+        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
+        return how | {"max_new_tokens": self.max_new_tokens, "pad_token_id": pad_id_of(self.tokenizer)}
+
+    def _remember(self, question: str, answer: str) -> None:
+        start = prompt_text(f"{self.history}{HUMAN} {question}" if self.history else question)
+        self.history = start + response_text(answer)
+
+
+def compare(sessions: dict[str, ChatSession], questions: list[str], **how) -> list[dict]:
+    """One row a question: {"question", name: answer, ...} for models side by side."""
+    answers = {name: session.ask_all(questions, **how) for name, session in sessions.items()}
+    return [{"question": question, **{name: rows[i] for name, rows in answers.items()}} for i, question in enumerate(questions)]
+
+
+def talk(run_root: Path, stage: str | None, questions: list[str] | None) -> int:
+    """`dschat chat`: answer `questions` and leave, or a dialogue until an empty line or the end of input."""
+    session = ChatSession.open(run_root, stage)
+    for question in questions if questions is not None else _lines():
+        for piece in session.stream(question, remember=questions is None):
+            print(piece, end="", flush=True)
+        print(flush=True)
+    return 0
+
+
+def _lines() -> Iterator[str]:
+    print("An empty line ends the talk.")
+    while True:
+        try:
+            line = input("you> ")
+        except EOFError:
+            return
+        if not line.strip():
+            return
+        yield line
+
+
+def _length(run: StageRun) -> int:
+    return run.pipeline.sampling.max_new_tokens

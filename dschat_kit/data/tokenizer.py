@@ -1,0 +1,43 @@
+"""The tokenizer of a pass: the model's own, or a byte-level BPE trained on the SFT rows for a model from scratch."""
+
+from pathlib import Path
+
+from dschat_kit.config import Model
+from dschat_kit.data.sources import DataError
+
+__all__ = ["open_tokenizer", "pad_id_of", "train_tokenizer"]
+
+PAD, EOS = "<|pad|>", "<|end|>"
+
+
+def train_tokenizer(texts: list[str], vocab_size: int):
+    """Byte-level BPE (Sennrich et al. 2016) with distinct pad and EOS tokens, as a transformers tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[PAD, EOS], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, eos_token=EOS,
+                                   clean_up_tokenization_spaces=False)
+
+
+def open_tokenizer(name: str | Path):
+    """The tokenizer of a model folder or Hub name. Raises DataError when it has no EOS: responses could never end."""
+    from transformers import AutoTokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"model.name: {str(name)!r} has no tokenizer that can be loaded: {str(error).splitlines()[0]}\n"
+                        "  expected: a folder or Hub name of a causal language model\n  change: --set model.name=PATH") from error
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"the tokenizer of {name} has no EOS token\n  expected: an EOS token, which ends every response\n"
+                        "  change: set eos_token in its tokenizer_config.json")
+    return tokenizer
+
+
+def pad_id_of(tokenizer) -> int:
+    """The id that fills batches: the pad token, or EOS where there is none. Masks, never ids, say what is padding."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -1,0 +1,1 @@
+"""DeepSpeed lives here (and is started in train/): engines, generation, checkpoints."""

@@ -1,0 +1,113 @@
+"""What this machine has, found without importing torch: the one place where device, dtype and rank count are decided."""
+
+import dataclasses
+import os
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from dschat_kit.config import Pipeline
+
+__all__ = ["Machine", "detect", "resolve"]
+
+_CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    accelerator: str
+    """cuda | cpu: what the ranks compute on."""
+    devices: int
+    """Accelerators (on a CPU: cores that this process may use)."""
+    cores: int
+    memory_gb: float
+    bf16: bool
+    """Whether the hardware multiplies bf16; emulated bf16 is several times slower than fp32."""
+    torch_build: str
+    """Version of the installed torch with its build, e.g. 2.13.0+cpu; empty when there is none."""
+
+    @property
+    def default_ranks(self) -> int:
+        """One rank a GPU; two ranks on a CPU with at least two cores, so that a laptop sees the real thing."""
+        return self.devices if self.accelerator == "cuda" else min(2, self.cores)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that `model.dtype=auto` stands for."""
+        return "bf16" if self.bf16 else "fp32"
+
+
+def detect() -> Machine:
+    """Look at the machine. `DS_ACCELERATOR=cpu` (DeepSpeed's own switch) keeps GPUs out of it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" or _torch_build().endswith("+cpu") else _gpu_count()
+    return Machine(accelerator="cuda" if gpus else "cpu", devices=gpus or cores, cores=cores, memory_gb=_memory_gb(),
+                   bf16=_gpu_bf16() if gpus else _cpu_bf16(), torch_build=_torch_build())
+
+
+def resolve(pipeline: Pipeline) -> Pipeline:
+    """What names stand for here, written out: a run folder says what was done, not what was asked for.
+
+    `model.dtype=auto` becomes a dtype; the data alias `hh-helpful` the folder in `$DSCHAT_DATA` or a Hub name; a Hub
+    model that lies in `models/` (of this folder or of the checkout) that folder; relative paths absolute ones.
+    """
+    model, data = pipeline.model, pipeline.data
+    dtype = detect().dtype if model.dtype == "auto" else model.dtype
+    places = [Path(model.name), Path("models") / Path(model.name).name, _CHECKOUT / "models" / Path(model.name).name]
+    name = next((str(place.absolute()) for place in places if (place / "config.json").exists()), model.name)
+    return dataclasses.replace(pipeline, model=dataclasses.replace(model, dtype=dtype, name=name),
+                               data=dataclasses.replace(data, sources=",".join(map(_source, data.sources.split(",")))))
+
+
+def _source(text: str) -> str:
+    name, colon, weight = text.strip().partition(":")
+    if name == "hh-helpful":
+        folder = os.environ.get("DSCHAT_DATA")
+        return (str(Path(folder).absolute() / "hh_helpful_256") if folder else "Dahoas/rm-static") + colon + weight
+    path = text.strip() if Path(text.strip()).exists() else name
+    return str(Path(path).absolute()) + text.strip()[len(path):] if path and Path(path).exists() else text.strip()
+
+
+def _torch_build() -> str:
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _nvidia_smi(*query: str) -> list[str]:
+    try:
+        done = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+
+
+def _gpu_count() -> int:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    present = len(_nvidia_smi("--query-gpu=index", "--format=csv,noheader"))
+    if visible is None:
+        return present
+    chosen = [part for part in visible.split(",") if part.strip() and part.strip() != "-1"]
+    return min(present, len(chosen))
+
+
+def _gpu_bf16() -> bool:
+    capabilities = _nvidia_smi("--query-gpu=compute_cap", "--format=csv,noheader")
+    return bool(capabilities) and min(float(c) for c in capabilities) >= 8.0
+
+
+def _cpu_bf16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _memory_gb() -> float:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (ValueError, OSError):
+        return 0.0

@@ -1,0 +1,64 @@
+"""metrics.jsonl and samples.jsonl: one flushed JSON object a line, and readers that tolerate a half-written last line."""
+
+import json
+import math
+from pathlib import Path
+
+__all__ = ["JsonlWriter", "MetricsTail", "read_metrics", "truncate_after"]
+
+
+class JsonlWriter:
+    """Appends objects to a JSON-lines file, a flushed line each. A NaN or infinity is written as null."""
+
+    def __init__(self, path: Path):
+        self._file = open(path, "a", encoding="utf-8")
+
+    def write(self, row: dict) -> None:
+        self._file.write(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class MetricsTail:
+    """Reads what has been added to a JSON-lines file since the last look; an absent file has no lines yet."""
+
+    def __init__(self, path: Path):
+        self.path, self._offset = Path(path), 0
+
+    def poll(self) -> list[dict]:
+        """New complete lines as objects. A file that became shorter (a new run) is read from its beginning."""
+        try:
+            with open(self.path, "rb") as file:
+                if file.seek(0, 2) < self._offset:
+                    self._offset = 0
+                file.seek(self._offset)
+                text = file.read()
+        except FileNotFoundError:
+            return []
+        whole = text[: text.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [json.loads(line) for line in whole.decode("utf-8").splitlines() if line.strip()]
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """All complete lines of a JSON-lines file."""
+    return MetricsTail(path).poll()
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Drop the lines of steps above `step`, so that a resumed run writes no step twice."""
+    kept = [row for row in read_metrics(path) if row.get("step", 0) <= step]
+    if path.exists():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+        temporary.replace(path)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

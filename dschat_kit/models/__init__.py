@@ -1,0 +1,1 @@
+"""Hugging Face models as the kit uses them; no DeepSpeed here."""

@@ -1,0 +1,59 @@
+"""The losses. Each returns (loss, metrics); sums over tokens are divided by `tokens`, the real tokens of the **global**
+batch, so neither gradient accumulation nor the number of ranks changes a loss. Metrics are parts of global means likewise.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["entropy_of", "policy_loss", "preference_loss", "sft_loss", "token_logprobs", "value_loss"]
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+    """(B, A) log-probabilities of `tokens` (B, A) under `logits` (B, A, V), in fp32."""
+    scaled = logits.float() / temperature
+    return scaled.gather(-1, tokens[..., None]).squeeze(-1) - scaled.logsumexp(-1)
+
+
+def entropy_of(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """(B, A) entropy of the next-token distribution, in nats."""
+    logprobs = (logits.float() / temperature).log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+def sft_loss(logits: Tensor, sequences: Tensor, response_mask: Tensor, tokens: float | Tensor) -> tuple[Tensor, dict]:
+    """Cross-entropy of the response tokens (B, T), each predicted from the position before it."""
+    logprobs = token_logprobs(logits[:, :-1], sequences[:, 1:])
+    loss = -(logprobs * response_mask[:, 1:]).sum() / tokens
+    return loss, {"loss": loss.detach()}
+
+
+def preference_loss(scores_chosen: Tensor, scores_rejected: Tensor, pairs: float | Tensor) -> tuple[Tensor, dict]:
+    """-log sigmoid(s_chosen - s_rejected) over (B,) pairs; Bradley-Terry, Ouyang et al. 2022 eq. 1."""
+    margin = scores_chosen - scores_rejected
+    loss = -F.logsigmoid(margin).sum() / pairs
+    metrics = {"loss": loss, "accuracy": ((margin > 0).float() + 0.5 * (margin == 0)).sum() / pairs,
+               "margin": margin.sum() / pairs}
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def policy_loss(new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float,
+                tokens: float | Tensor) -> tuple[Tensor, dict]:
+    """The clipped surrogate -min(ratio A, clip(ratio) A) over (B, A). Schulman et al. 2017 (1707.06347), eq. 7."""
+    log_ratio = (new_logprobs - logprobs) * mask
+    ratio = log_ratio.exp()
+    unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
+    loss = -(torch.minimum(unclipped, clipped) * mask).sum() / tokens
+    metrics = {"policy_loss": loss, "approx_kl": ((ratio - 1 - log_ratio) * mask).sum() / tokens,
+               "clip_fraction": ((clipped < unclipped) & mask).sum() / tokens, "ratio_max": (ratio * mask).max()}
+    return loss, {name: value.detach().float() for name, value in metrics.items()}
+
+
+def value_loss(new_values: Tensor, values: Tensor, returns: Tensor, mask: Tensor, clip_range: float,
+               tokens: float | Tensor) -> tuple[Tensor, dict]:
+    """0.5 max((V - R)^2, (V_clipped - R)^2) over (B, A), V_clipped within +-clip_range of the rollout's value."""
+    clipped = values + (new_values - values).clamp(-clip_range, clip_range)
+    errors, clipped_errors = (new_values - returns).square(), (clipped - returns).square()
+    loss = 0.5 * (torch.maximum(errors, clipped_errors) * mask).sum() / tokens
+    metrics = {"value_loss": loss, "value_clip_fraction": ((clipped_errors > errors) & mask).sum() / tokens}
+    return loss, {name: value.detach().float() for name, value in metrics.items()}

@@ -1,0 +1,67 @@
+"""From scores to advantages: KL penalty, per-token rewards, GAE and whitening. Nothing mutates its arguments."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["clip_scores", "compute_rewards", "gae", "kl_estimates", "masked_moments", "whiten"]
+
+
+def clip_scores(scores: Tensor, finished: Tensor, clip: float, missing_eos_score: float | None) -> Tensor:
+    """(B,) scores clipped to +-clip (0: not at all); a response without EOS gets `missing_eos_score` unless None."""
+    clipped = scores.clamp(-clip, clip) if clip > 0 else scores
+    if missing_eos_score is None:
+        return clipped
+    return torch.where(finished, clipped, torch.full_like(clipped, missing_eos_score))
+
+
+def compute_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """(B, A) rewards: -kl_coef * (logprob - ref_logprob) at each real token, the score added at the last of them.
+
+    Ouyang et al. 2022 (2203.02155), eq. 2; the per-token form is that of Stiennon et al. 2020.
+    """
+    rewards = -kl_coef * (logprobs - ref_logprobs) * mask
+    last = mask.sum(1) - 1
+    at_last = torch.zeros_like(rewards).scatter(1, last.clamp(min=0)[:, None], scores[:, None].to(rewards.dtype))
+    return rewards + at_last * mask
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """(advantages, returns), both (B, A), zero outside the mask. Real tokens stand first in each row.
+
+    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}; the value after the last real token
+    is 0. Schulman et al. 2016 (1506.02438), eq. 16.
+    """
+    values, rewards = values * mask, rewards * mask
+    advantages = torch.zeros_like(values)
+    following, next_value = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        following = (delta + gamma * lam * following) * mask[:, t]
+        advantages[:, t] = following
+        next_value = values[:, t]
+    return advantages, (advantages + values) * mask
+
+
+def masked_moments(x: Tensor, mask: Tensor) -> Tensor:
+    """(3,) float64: count, sum and sum of squares over the mask. Summed over ranks they give global mean and variance."""
+    kept = x[mask].double()
+    return torch.stack([mask.sum().double(), kept.sum(), kept.square().sum()])
+
+
+def whiten(x: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool = True) -> Tensor:
+    """(x - mean) * rsqrt(var + 1e-8) with population variance of `moments`; without shift_mean the mean is added back."""
+    count, total, squares = moments.unbind()
+    mean = total / count
+    scale = torch.rsqrt((squares / count - mean.square()).clamp(min=0) + 1e-8)
+    white = (x - mean) * scale if shift_mean else (x - mean) * scale + mean
+    return (white * mask).to(x.dtype)
+
+
+def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """(B,) estimates of KL(policy || ref) a response, in nats, from tokens sampled by the policy.
+
+    k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d with d = logprob - ref_logprob. For logging: as a loss term their
+    gradients are not that of the KL (see docs of notebook 04). Schulman, "Approximating KL divergence", 2020.
+    """
+    d = (logprobs - ref_logprobs) * mask
+    return {"k1": d.sum(1), "k2": d.square().sum(1) / 2, "k3": ((-d).exp() - 1 + d).sum(1)}

@@ -1,0 +1,55 @@
+"""The line that PPO writes each iteration, and the numbers it ends with: every mean is over the real tokens or responses
+of all ranks."""
+
+import resource
+
+import torch
+
+from dschat_kit.engine.rollout_types import KitBatch
+from dschat_kit.rlhf.experience import Experience
+from dschat_kit.rlhf.rewards import kl_estimates, masked_moments
+from dschat_kit.rlhf.rollout import Scored
+
+__all__ = ["rollout_metrics", "summary"]
+
+
+def rollout_metrics(session, experience: Experience, scored: Scored, batch: KitBatch, updates: list[dict]) -> dict:
+    """Metrics of one iteration. Rollout figures are of the sampled batch; those of the updates are means over the
+    optimiser steps, except ratio_max (the largest)."""
+    mask, every = experience.response_mask, torch.ones_like(batch.finished)
+    kl = kl_estimates(experience.logprobs, experience.ref_logprobs, mask)
+    moments = torch.stack([masked_moments(scored.scores, every), masked_moments(kl["k1"], every), masked_moments(kl["k3"], every),
+                           masked_moments(mask.sum(1), every), masked_moments(batch.finished, every),
+                           masked_moments(scored.entropy, mask), masked_moments(experience.returns, mask),
+                           masked_moments(experience.returns - experience.values, mask)])
+    count, total, squares = session.sum_tensor(moments).unbind(1)
+    mean, variance = (total / count).tolist(), (squares / count - (total / count).square()).clamp(min=0).tolist()
+    highest, negated_lowest, memory = session.largest(float(scored.scores.max()), -float(scored.scores.min()), _peak_memory_mb())
+    row = {"score_mean": mean[0], "score_std": variance[0] ** 0.5, "score_min": -negated_lowest, "score_max": highest,
+           "kl": mean[1], "kl_k3": mean[2], "response_length": mean[3], "eos_rate": mean[4], "entropy": mean[5],
+           "explained_variance": 1 - variance[7] / max(variance[6], 1e-12), "peak_memory_mb": memory, "tokens": float(total[3])}
+    for name in updates[0]:
+        values = [update[name] for update in updates]
+        row[name] = max(values) if name == "ratio_max" else sum(values) / len(values)
+    first = updates[0]
+    return row | {"first_ratio_max": first["ratio_max"], "first_approx_kl": first["approx_kl"]}
+
+
+def _peak_memory_mb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def summary(before: dict, after: dict, state: dict, steps: int) -> dict:
+    """The numbers of result.json."""
+    spent = sum(state["seconds"].values())
+    result = {"score_before": before["score"], "score_after": after["score"], "kl": after["kl"],
+              "response_length_before": before["tokens"], "response_length_after": after["tokens"],
+              "eos_rate_before": before["finished"], "eos_rate_after": after["finished"], "eval_prompts": after["prompts"],
+              "steps": steps, "tokens_per_second": state["tokens"] / max(spent, 1e-9), "seconds": state["seconds"]}
+    if "gold" in after:
+        result |= {"gold_before": before["gold"], "gold_std_before": before["gold_std"], "gold_after": after["gold"],
+                   "gold_std_after": after["gold_std"], "gold_parts_before": before["gold_parts"],
+                   "gold_parts_after": after["gold_parts"]}
+    return result

@@ -1,0 +1,105 @@
+"""Prompts in, sampled and scored responses out: the feed of PPO, and the same look at held-out prompts before and after."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dschat_kit.config import ConfigError, Pipeline
+from dschat_kit.data.datasets import PromptBatch, TokenRows, pad_prompts, rank_share
+from dschat_kit.data.sources import gold_of
+from dschat_kit.data.splits import epoch_order
+from dschat_kit.engine.rollout_types import KitBatch, KitRequest, KitSampling
+from dschat_kit.rlhf.rewards import kl_estimates
+from dschat_kit.rlhf.rollout import Scored, score_responses
+
+__all__ = ["Prompts", "PromptFeed", "evaluate", "sample_lines", "sampling_of"]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """One rank's prompts of a rollout."""
+    batch: PromptBatch
+    sources: list[str]
+    request: KitRequest
+
+
+class PromptFeed:
+    """Which prompts iteration `step` asks, on this rank; a pure function of (seed, step)."""
+
+    def __init__(self, rows: TokenRows, batch_size: int, seed: int, pad_id: int, session, unique: bool = False):
+        texts = rows.table["prompt"]
+        keep = sorted({text: i for i, text in reversed(list(enumerate(texts)))}.values()) if unique else range(len(rows))
+        self.rows, self.keep, self.seed, self.pad_id, self.session = rows, np.asarray(keep), seed, pad_id, session
+        self.count = min(batch_size, len(self.keep)) if unique else batch_size
+        self.unique = unique
+
+    def at(self, step: int) -> Prompts:
+        """The prompts of one step. Rows are seeded by their place in the global batch, so rank count changes nothing."""
+        world, size = self.session.world_size, -(-self.count // self.session.world_size) * self.session.world_size
+        places = np.arange(step * size, (step + 1) * size)
+        if self.unique:
+            picks = places % self.count
+        else:
+            picks = np.array([epoch_order(len(self.keep), self.seed, p // len(self.keep))[p % len(self.keep)] for p in places])
+        mine = rank_share(np.arange(size), self.session.rank, world)
+        indices = self.keep[picks[mine]]
+        some = self.rows.take(indices)
+        batch = pad_prompts(some, indices, self.pad_id)
+        seeds = [(self.seed * 1_000_003 + int(places[i])) * 2 + self.unique for i in mine]
+        request = KitRequest(prompt_ids=batch.prompt_ids.to(self.session.device), row_seeds=torch.tensor(seeds),
+                             prompt_attention_mask=batch.attention_mask.to(self.session.device))
+        return Prompts(batch, [row["source"] for row in some], request)
+
+
+def sampling_of(pipeline: Pipeline, tokenizer, pad_id: int) -> KitSampling:
+    """Sampling for PPO. Raises ConfigError for what would make the sampled distribution another one than the trained."""
+    sampling = pipeline.sampling
+    if sampling.top_p < 1 or sampling.top_k > 0 or sampling.temperature == 0:
+        raise ConfigError(f"sampling: got temperature={sampling.temperature} top_p={sampling.top_p} top_k={sampling.top_k}\n"
+                          "  expected: for PPO temperature above 0, top_p=1 and top_k=0: filtered tokens have other probabilities "
+                          "than the trained policy's\n  change:   --set sampling.temperature=1 sampling.top_p=1 sampling.top_k=0")
+    return KitSampling(max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
+                       stop_token_ids=(tokenizer.eos_token_id,), pad_token_id=pad_id)
+
+
+def sample_lines(prompts: Prompts, batch: KitBatch, scored: Scored, tokenizer, phase: str, step: int, limit: int | None = None) -> list[dict]:
+    """Lines for samples.jsonl: what was asked and answered, the score, the KL in nats, the gold reward where it is known."""
+    kl = kl_estimates(scored.logprobs, scored.ref_logprobs, batch.response_mask)["k1"].tolist()
+    responses = batch.input_ids[:, -batch.response_mask.shape[1]:]
+    lines = []
+    for i in range(len(prompts.sources) if limit is None else min(limit, len(prompts.sources))):
+        text = tokenizer.decode(responses[i][batch.response_mask[i]], skip_special_tokens=True)
+        line = {"sample_id": prompts.batch.sample_ids[i], "phase": phase, "step": step, "prompt": prompts.batch.prompts[i],
+                "response": text, "score": float(scored.scores[i]), "kl": kl[i], "tokens": int(batch.response_mask[i].sum()),
+                "finished": bool(batch.finished[i])}
+        gold = gold_of(prompts.sources[i])
+        if gold is not None:
+            line["gold"] = gold.gold_reward(line["prompt"], text, line["finished"])
+            line["gold_parts"] = gold.gold_parts(line["prompt"], text, line["finished"])
+        lines.append(line)
+    return lines
+
+
+def evaluate(session, hybrid, roles: dict, held_out: PromptFeed, sampling: KitSampling, tokenizer, phase: str) -> dict:
+    """Answers to the held-out prompts by the actor as it is: means over all ranks, and some of them as lines.
+
+    The same prompts with the same random numbers before and after.
+    """
+    prompts = held_out.at(0)
+    batch = hybrid.generate(prompts.request, sampling)
+    scored = score_responses(batch.input_ids, batch.attention_mask, batch.response_mask.shape[1], **{**roles, "critic": None},
+                             temperature=sampling.temperature, micro_batch_size=session.pipeline.rollout.micro_batch_size)
+    lines = sample_lines(prompts, batch, scored, tokenizer, phase, 0 if phase == "before" else session.pipeline.ppo.max_steps)
+    own = held_out.count // session.world_size + (session.rank < held_out.count % session.world_size)
+    counted = lines[:own]  # the rest only fills up the ranks
+    names = ["score", "kl", "tokens", "finished"] + (["gold"] if "gold" in lines[0] else [])
+    parts = sorted(lines[0].get("gold_parts", {}))
+    sums = session.sum(len(counted), *(sum(float(line[name]) for line in counted) for name in names),
+                       sum(line.get("gold", 0.0) ** 2 for line in counted),
+                       *(sum(line["gold_parts"][part] for line in counted) for part in parts))
+    means = {name: value / sums[0] for name, value in zip(names, sums[1:])}
+    if "gold" in means:
+        means["gold_std"] = max(sums[len(names) + 1] / sums[0] - means["gold"] ** 2, 0.0) ** 0.5
+        means["gold_parts"] = {part: value / sums[0] for part, value in zip(parts, sums[len(names) + 2:])}
+    return means | {"prompts": int(sums[0]), "samples": counted[: session.pipeline.telemetry.samples]}

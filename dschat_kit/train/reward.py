@@ -1,0 +1,117 @@
+"""Stage 2, the reward model: a scalar head on the SFT backbone learns which of two responses people prefer.
+
+    deepspeed --num_gpus 2 --module dschat_kit.train.reward --run RUN/reward
+
+Steps: 1. rows and model  2. optimiser steps on -log sigmoid(s_chosen - s_rejected), read at the last real token
+3. accuracy on held-out pairs beside "the longer answer wins"  4. shift to mean 0 on reference responses  5. export.
+"""
+
+import math
+import time
+
+import numpy as np
+import torch
+
+from dschat_kit.data.datasets import (StepSampler, TokenRows, chunks, pad_sequences, preference_batch, rank_share)
+from dschat_kit.data.sources import gold_of
+from dschat_kit.engine.engines import build_engine, learning_rate, set_learning_rate
+from dschat_kit.models.scalar_model import last_token, load_scalar_model
+from dschat_kit.rlhf.losses import preference_loss
+from dschat_kit.runs import open_run
+from dschat_kit.train.session import Session, main
+
+
+def train(session: Session) -> dict:
+    """Returns the numbers of result.json."""
+    pipeline, settings = session.pipeline, session.pipeline.reward
+    data, tokenizer, pad_id = session.prepare_data()
+    rows, held_out = TokenRows(data, "reward"), TokenRows(data, "eval")
+    model = load_scalar_model(open_run(session.root, "sft").model_dir, pipeline.model, pipeline.seed, new_head=True)
+    engine = build_engine(model, pipeline.zero, pipeline.model, lr=settings.lr, batch_size=settings.batch_size,
+                          micro_batch_size=settings.micro_batch_size, world_size=session.world_size,
+                          grad_clip=settings.grad_clip, weight_decay=settings.weight_decay)
+    sampler = StepSampler(rows=len(rows), batch_size=settings.batch_size, seed=pipeline.seed)
+    steps = sampler.steps(settings.epochs, settings.max_steps)
+    session.begin(steps, {"model": engine})
+
+    for step in range(session.first_step, steps):
+        clock = time.perf_counter()
+        lr = learning_rate(settings.lr, step, steps, settings.warmup, settings.min_lr, "cosine")
+        set_learning_rate(engine, lr)
+        mine = rows.take(rank_share(sampler.indices(step), session.rank, session.world_size))
+        sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
+        for micro in chunks(mine, settings.micro_batch_size):
+            batch = preference_batch(micro, pad_id).to(session.device)
+            chosen, rejected = last_token(engine(batch.sequences, batch.attention_mask), batch.attention_mask).chunk(2)
+            part, metrics = preference_loss(chosen, rejected, pairs=settings.batch_size)
+            session.backward(engine, part)
+            sums = {name: value + metrics[name] for name, value in sums.items()}
+        row = dict(zip(sums, session.sum(*sums.values())))
+        row |= {"lr": lr, "grad_norm": float(engine.get_global_grad_norm() or 0.0), "seconds": time.perf_counter() - clock}
+        if (step + 1) % settings.eval_every == 0 or step + 1 == steps:
+            scores = pair_scores(session, engine, held_out, pad_id, limit=256)
+            row["eval_accuracy"] = accuracy_of(scores[:, 0] - scores[:, 1])
+        session.log(step + 1, row, show=("loss", "accuracy", "eval_accuracy") if "eval_accuracy" in row else ())
+        session.checkpoint(step + 1)
+
+    reference = reference_scores(session, engine, TokenRows(data, "sft"), pad_id)
+    model.normalise(float(reference.mean()), float(1 / max(reference.std(), 1e-6)) if settings.scale else 1.0)
+    scores = pair_scores(session, engine, held_out, pad_id, limit=len(held_out))
+    session.export(model.classifier, tokenizer)
+    return {**report(scores, held_out), "reference_mean": float(reference.mean()), "reference_std": float(reference.std()),
+            "steps": steps, "seconds": time.time() - session.started}
+
+
+@torch.no_grad()
+def _scores(session: Session, engine, rows: TokenRows, limit: int, build) -> np.ndarray:
+    """(N, k) scores in the order of the first N = min(rows, limit) rows; `build` makes a batch of k sequences a row."""
+    engine.eval()
+    count, found = min(len(rows), limit), []
+    padded = np.arange(-(-count // session.world_size) * session.world_size)
+    for indices in chunks(rank_share(padded, session.rank, session.world_size), session.pipeline.rollout.micro_batch_size):
+        batch = build(rows.take(indices % count)).to(session.device)
+        found.append(last_token(engine(batch.sequences, batch.attention_mask), batch.attention_mask).view(-1, len(indices)).T)
+    engine.train()
+    mine = torch.cat(found)
+    everything = torch.zeros(len(padded), mine.shape[1], device=session.device, dtype=mine.dtype)
+    everything[session.rank::session.world_size] = mine
+    return session.sum_tensor(everything)[:count].double().cpu().numpy()
+
+
+def pair_scores(session: Session, engine, rows: TokenRows, pad_id: int, limit: int) -> np.ndarray:
+    """(N, 2) scores of chosen and rejected responses."""
+    return _scores(session, engine, rows, limit, lambda some: preference_batch(some, pad_id))
+
+
+def reference_scores(session: Session, engine, rows: TokenRows, pad_id: int, limit: int = 512) -> np.ndarray:
+    """(N,) scores of chosen responses of SFT rows: what the SFT policy was taught to say."""
+    def build(some):
+        return pad_sequences([r["prompt_ids"] for r in some], [r["chosen_ids"] for r in some], pad_id)
+    return _scores(session, engine, rows, limit, build)[:, 0]
+
+
+def accuracy_of(margins: np.ndarray) -> float:
+    """Share of pairs whose chosen side is higher; ties count half."""
+    return float(np.mean((margins > 0) + 0.5 * (margins == 0)))
+
+
+def report(scores: np.ndarray, rows: TokenRows) -> dict:
+    """Accuracy with its 95 % Wilson interval, the length baseline, histograms; on the toy world the best possible accuracy."""
+    margins, table = scores[:, 0] - scores[:, 1], rows.take(range(len(scores)))
+    lengths = np.array([len(r["chosen_ids"]) - len(r["rejected_ids"]) for r in table])
+    edges = np.histogram_bin_edges(scores, bins=30)
+    p, n, z = accuracy_of(margins), len(margins), 1.959964
+    middle, half = (p + z * z / (2 * n)) / (1 + z * z / n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    found = {"accuracy": p, "accuracy_interval": [middle - half, middle + half], "length_baseline_accuracy": accuracy_of(lengths),
+             "margin": float(margins.mean()), "pairs": n,
+             "score_histogram": {"edges": edges.tolist(), "chosen": np.histogram(scores[:, 0], edges)[0].tolist(),
+                                 "rejected": np.histogram(scores[:, 1], edges)[0].tolist()}}
+    gold = gold_of(table[0]["source"])
+    if gold is not None:
+        gaps = [gold.gold_reward(r["prompt"], r["chosen"]) - gold.gold_reward(r["prompt"], r["rejected"]) for r in table]
+        found["bayes_accuracy"] = gold.bayes_accuracy(gaps)
+    return found
+
+
+if __name__ == "__main__":
+    main(train)

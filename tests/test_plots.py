@@ -1,0 +1,71 @@
+"""Figures: what they draw is what the run folder says; nothing yet is no error; text of models is never HTML."""
+import subprocess
+import sys
+
+import pytest
+from matplotlib.figure import Figure
+
+from dschat_kit.metrics import read_metrics
+from dschat_kit.notebook import plots
+from fake_run import make_run
+
+FIGURES = {"sft_loss": "sft", "reward_training": "reward", "reward_histogram": "reward", "ppo_curves": "ppo",
+           "ppo_time_split": "ppo", "gold_parts": "ppo", "blend_picture": "data", "chain_overview": ""}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.mark.parametrize("name, stage", FIGURES.items())
+def test_every_figure_is_a_labelled_picture(root, name, stage):
+    figure = getattr(plots, name)(root / stage)
+    assert isinstance(figure, Figure) and plots.png(figure).startswith(b"\x89PNG")
+    assert figure.get_label() and tuple(figure.get_facecolor()) == (1, 1, 1, 1)
+    assert all(axes.get_xlabel() or axes.get_ylabel() for axes in figure.axes)
+    assert len(plots.png(figure)) < 150_000
+
+
+@pytest.mark.parametrize("name, stage", FIGURES.items())
+def test_a_stage_that_has_written_nothing_is_no_error(tmp_path, name, stage):
+    figure = getattr(plots, name)(tmp_path / stage)
+    words = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert "nothing yet" in words and plots.png(figure)
+
+
+def test_curves_are_the_metrics(root):
+    rows = read_metrics(root / "ppo/metrics.jsonl")
+    axes = plots.ppo_curves(root / "ppo").axes
+    for place, key in enumerate(["score_mean", "kl", "response_length"]):
+        assert list(axes[place].lines[0].get_ydata()) == [row[key] for row in rows]
+    assert list(axes[3].lines[0].get_ydata()) == pytest.approx([100 * row["clip_fraction"] for row in rows])
+    styles = [line.get_linestyle() for line in plots.sft_loss(root / "sft").axes[0].lines]
+    assert len(set(styles)) == len(styles)  # not told apart by colour alone
+
+
+def test_time_split_adds_up(root):
+    label = plots.ppo_time_split(root / "ppo").get_label()
+    shares = [int(word.rstrip("%,")) for word in label.split() if word.rstrip(",").endswith("%")]
+    assert len(shares) == 4 and abs(sum(shares) - 100) <= 2
+
+
+def test_null_values_are_left_out(tmp_path):
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft/metrics.jsonl").write_text('{"step": 1, "loss": null}\n{"step": 2, "loss": 3.0}\n{"step": 3, "lo')
+    assert list(plots.sft_loss(tmp_path / "sft").axes[0].lines[0].get_xdata()) == [2]
+
+
+def test_samples_stand_side_by_side_and_are_escaped(root):
+    table = plots.samples_table(root / "ppo", 3)
+    assert "<script>" not in table.html and "&lt;script&gt;" in table.html and "<b>" not in table.html
+    assert table.html.count("<tr>") == 3 + 1
+    assert "Because before" in table._repr_html_() and "Because after" in repr(table) and "rollout" not in repr(table)
+
+
+def test_the_room_never_imports_torch():
+    modules = "execute, launch, monitor, plots, processes, progress, report, show"
+    script = (f"import sys\nfrom dschat_kit.notebook import {modules}\n"
+              "print([name for name in ('torch', 'deepspeed', 'transformers') if name in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
