@@ -3,6 +3,8 @@
 The one place where a notebook's kernel loads torch; it computes on the CPU unless told otherwise.
 """
 
+import html
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +13,10 @@ import torch
 
 from dschat_kit.data.prompts import HUMAN, prompt_text, response_text
 from dschat_kit.data.tokenizer import open_tokenizer, pad_id_of
-from dschat_kit.models.loading import model_inputs
-from dschat_kit.runs import RunError, StageRun, open_run
+from dschat_kit.metrics import JsonlWriter
+from dschat_kit.runs import RunError, StageRun, open_run, write_json
 
-__all__ = ["ChatSession", "compare", "talk"]
+__all__ = ["ChatSession", "box", "compare", "record", "talk"]
 
 
 class ChatSession:
@@ -52,8 +54,8 @@ class ChatSession:
         if not texts or any(not text.strip() for text in texts):
             raise RunError("got an empty question\n  expected: some text to answer")
         prompts = [prompt_text(text) for text in texts]
-        batch = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False) \
-            if len(prompts) > 1 else self.tokenizer(prompts, return_tensors="pt", add_special_tokens=False)
+        batch = self.tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1, padding_side="left",
+                               add_special_tokens=False)
         tokens = self.model.generate(**self._inputs(batch), **self._sampling(temperature, seed))
         width = batch["input_ids"].shape[1]
         return [text.strip() for text in self.tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)]
@@ -87,9 +89,7 @@ class ChatSession:
             self._remember(text, "".join(pieces).strip())
 
     def _inputs(self, batch) -> dict:
-        mask = batch["attention_mask"].bool()
-        inputs = model_inputs(self.model, batch["input_ids"], mask)
-        return {name: value.to(self.model.device) for name, value in inputs.items() if name != "position_ids"}
+        return {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
     def _sampling(self, temperature: float, seed: int) -> dict:
         torch.manual_seed(seed)
@@ -105,6 +105,41 @@ def compare(sessions: dict[str, ChatSession], questions: list[str], **how) -> li
     """One row a question: {"question", name: answer, ...} for models side by side."""
     answers = {name: session.ask_all(questions, **how) for name, session in sessions.items()}
     return [{"question": question, **{name: rows[i] for name, rows in answers.items()}} for i, question in enumerate(questions)]
+
+
+def record(run: StageRun, rows: list[dict]) -> None:
+    """Keep a comparison in the run folder's chat stage: one line a question in samples.jsonl, and a finished status."""
+    with run.lock():
+        run.samples_path.unlink(missing_ok=True)
+        writer = JsonlWriter(run.samples_path)
+        for row in rows:
+            writer.write(row)
+        writer.close()
+        write_json(run.path / "result.json", {"questions": len(rows), "config_hash": run.config["config_hash"],
+                                              "seed": run.config["seed"], "world_size": 1, "resumed_from": [],
+                                              "versions": {"torch": torch.__version__}})
+        run.update_status(state="finished", step=len(rows), total=len(rows), error=None)
+
+
+def box(session: ChatSession, example: str):
+    """A text box whose answers appear as they are made; without a front end, one question and its answer."""
+    if "DSCHAT_HEADLESS" in os.environ:
+        print(f"> {example}\n{session.ask(example)}")
+        return
+    from IPython.display import display
+    from ipywidgets import HTML, Text, VBox
+    entry, log = Text(placeholder=example, continuous_update=False, layout={"width": "90%"}), HTML()
+
+    def answer(change):
+        question, before = change["new"].strip(), log.value
+        if question:
+            said = ""
+            for piece in session.stream(question, remember=False):
+                said += piece
+                log.value = f"{before}<p><b>{html.escape(question)}</b><br>{html.escape(said)}</p>"
+            entry.value = ""
+    entry.observe(answer, names="value")
+    display(VBox([log, entry]))
 
 
 def talk(run_root: Path, stage: str | None, questions: list[str] | None) -> int:

@@ -89,8 +89,8 @@ def _flat(pipeline, preset: str) -> list[str]:
 
 def _stage(args) -> int:
     from dschat_kit.notebook.launch import launch
-    from dschat_kit.notebook.stage import begin
-    begun = begin(args.name, preset=args.preset, run_root=args.run_root, overrides=args.overrides, resume=args.resume,
+    from dschat_kit.notebook.stage import begin, configuration
+    begun = begin(args.name, *configuration(args.preset, args.run_root, args.overrides), resume=args.resume,
                   fresh=args.fresh, num_gpus=args.num_gpus)
     if begun.action == "reuse":
         print(f"{args.name}: finished before in {begun.run.path}")

@@ -22,6 +22,9 @@ _ARCHITECTURES = ("llama", "qwen3")
 class ConfigError(ValueError):
     """A setting that cannot work. The message is meant for the user and is shown without a traceback."""
 
+    def _render_traceback_(self) -> list[str]:  # IPython asks for this: a cell shows the message alone
+        return [f"error: {self}"]
+
 
 def _error(path: str, got, expected: str, change: str) -> ConfigError:
     return ConfigError(f"{path}: got {got!r}\n  expected: {expected}\n  change:   {change}")
@@ -167,10 +170,13 @@ class Training:
     grad_clip: float = 1.0
     eval_every: int = 50
     """Steps between evaluations on held-out rows."""
+    eval_rows: int = 256
+    """Held-out rows of each of these; the reward model's last evaluation takes all."""
 
     def __post_init__(self):
         name = type(self).__name__.lower()
-        _positive(name, self, "epochs", "batch_size", "micro_batch_size", "lr", "grad_clip", "eval_every")
+        _positive(name, self, "epochs", "batch_size", "micro_batch_size", "lr", "grad_clip", "eval_every",
+                  "eval_rows")
         _positive(name, self, "max_steps", "warmup", "min_lr", "weight_decay", zero=True)
         if self.batch_size % self.micro_batch_size:
             raise _error(f"{name}.micro_batch_size", self.micro_batch_size,

@@ -16,8 +16,8 @@ PRESETS: dict[str, Pipeline] = {
     "smollm2-hh": Pipeline(
         data=Data(sources="hh-helpful", stage_split="2,4,4", max_prompt_tokens=128, max_response_tokens=96, eval_rows=512),
         model=Model(name="HuggingFaceTB/SmolLM2-135M-Instruct"), zero=Zero(stage=2), sampling=Sampling(max_new_tokens=64),
-        sft=Sft(max_steps=60, batch_size=8, micro_batch_size=4, lr=2e-5, eval_every=20),
-        reward=Reward(epochs=2, max_steps=150, batch_size=4, micro_batch_size=2, lr=2e-5, eval_every=50),
+        sft=Sft(max_steps=60, batch_size=8, micro_batch_size=4, lr=2e-5, eval_every=30, eval_rows=64),
+        reward=Reward(epochs=2, max_steps=150, batch_size=4, micro_batch_size=2, lr=2e-5, eval_every=50, eval_rows=32),
         ppo=Ppo(max_steps=12, rollout_batch_size=16, mini_batch_size=8, micro_batch_size=4, lr_actor=3e-6, lr_critic=1e-5,
                 kl_coef=0.05, eval_prompts=48),
         rollout=Rollout(micro_batch_size=8)),

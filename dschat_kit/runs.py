@@ -27,6 +27,9 @@ REQUIRES = {"data": (), "sft": ("data",), "reward": ("data", "sft"), "ppo": ("da
 class RunError(RuntimeError):
     """Something about a run folder that the user can mend. Shown without a traceback."""
 
+    def _render_traceback_(self) -> list[str]:  # IPython asks for this: a cell shows the message alone
+        return [f"error: {self}"]
+
 
 def write_json(path: Path, obj) -> None:
     """Write atomically: a reader sees the old file or the new one, also after a crash."""

@@ -66,8 +66,9 @@ if action == "requirements":  # of the project, with the extras asked for now or
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     groups = [project["optional-dependencies"][extra] for extra in sorted({*extras, *old["extras"]})]
     print(*project["dependencies"], *(name for group in groups for name in group), sep="\n")
-if action == "write":
+if action in ("write", "spoil"):
     done = {**now, "extras": sorted({*extras, *old["extras"]}), "pip_args": pip_args or old["pip_args"]}
+    done |= {"files": "unfinished", "pip_args": old["pip_args"]} if action == "spoil" else {}
     temporary = stamp.with_name("dschat-setup.tmp")
     temporary.write_text(json.dumps(done))
     temporary.replace(stamp)
@@ -97,7 +98,7 @@ pip_step() {
   "$python" -m pip "$@" >>"$log" 2>&1 </dev/null &
   pip_pid=$!
   while kill -0 "$pip_pid" 2>/dev/null; do
-    sleep 0.5
+    sleep 0.2
     if ((SECONDS - shown >= 20)); then
       shown=$SECONDS
       say "  $((SECONDS - started)) s: $(grep -E '^(Collecting|Installing|Building|Downloading| +Downloading)' "$log" | tail -n 1 | tr -s ' ' | cut -c1-90)"
@@ -174,11 +175,12 @@ for info in "$venv"/lib/python3*/site-packages/*.dist-info; do
     rm -rf -- "$info"
   fi
 done
-install=(install --constraint "$root/env/constraints.txt" ${pip_args[@]+"${pip_args[@]}"})
+# Python compiles what is imported when it is imported; compiling all 20,000 files here would double the time.
+install=(install --no-compile --constraint "$root/env/constraints.txt" ${pip_args[@]+"${pip_args[@]}"})
 if stamped other-build; then
-  # pip would keep another build of the same version.
+  # pip would keep another build of the same version. Until the new one is in, the stamp fits nothing.
+  stamped spoil
   pip_step "removing torch, whose DSCHAT_PIP_ARGS were others" uninstall --yes torch
-  rm -f -- "$stamp"
 fi
 mapfile -t requirements < <(stamped requirements "$@")
 ((${#requirements[@]})) || die "pyproject.toml of $root names no dependencies"

@@ -18,30 +18,37 @@ def make_run(root: Path, steps: int = 120, rollouts: int = 24) -> Path:
            | ({"eval_loss": 1.3 + 4 * math.exp(-s / 30)} if s % 30 == 0 else {}) for s in range(1, steps + 1)]
     reward = [{"step": s, "loss": .3 + .4 * math.exp(-s / 40) + noise.gauss(0, .03), "margin": s / 60,
                "accuracy": min(1.0, .5 + .35 * (1 - math.exp(-s / 30)) + noise.gauss(0, .05))}
-              | ({"eval_accuracy": .5 + .33 * (1 - math.exp(-s / 30))} if s % 30 == 0 else {}) for s in range(1, steps + 1)]
+              | ({"eval_accuracy": .5 + .33 * (1 - math.exp(-s / 30))} if s % 30 == 0 else {})
+              for s in range(1, steps + 1)]
     ppo = [{"step": s, "score_mean": -.5 + s / 10, "score_std": 1 - s / 60, "kl": s / 30, "response_length": 12 + s / 4,
             "clip_fraction": .1 + noise.random() / 10, "seconds_generation": 2 + noise.random(), "seconds_scoring": .8,
             "seconds_training": 3.0, "seconds_other": .2} for s in range(1, rollouts + 1)]
     parts = {"answers": (.4, .8), "polite": (.2, .9), "short": (.3, .25), "repetition": (-.2, -.05)}
     edges = [x / 4 for x in range(-12, 13)]
+    long = "/a/very/long/path/to/some/preferences.jsonl"
+    toy = {"sft": 2000, "reward": 2500, "ppo": 3000, "eval": 600}
+    tokens = {name: {"median": 9.0, "p95": 20.0} for name in ("prompt", "chosen", "rejected")}
+    bell = {name: [round(100 * math.exp(-(x - mean) ** 2)) for x in edges[1:]]
+            for name, mean in (("chosen", .8), ("rejected", -.6))}
     results = {
-        "data": {"rows": {"toy": {s: {"train": 2000 + 500 * i, "eval": 200} for i, s in enumerate(("sft", "reward", "ppo"))},
-                          "/a/very/long/path/to/some/preferences.jsonl": {"sft": {"train": 700, "eval": 9}, "reward": {
-                              "train": 900, "eval": 9}}}, "realised_weights": {"toy": .83}, "overlaps": 0, "truncated": 3},
-        "sft": {"eval_loss_before": 5.3, "eval_loss_after": 1.3, "eval_perplexity": 3.7, "steps": steps, "seconds": 24.0},
-        "reward": {"accuracy": .83, "accuracy_interval": [.81, .85], "bayes_accuracy": .87, "steps": steps, "score_histogram": {
-            "edges": edges, "chosen": [round(100 * math.exp(-(x - .8) ** 2)) for x in edges[1:]],
-            "rejected": [round(100 * math.exp(-(x + .6) ** 2)) for x in edges[1:]]}},
-        "ppo": {"score_before": -.5, "score_after": 1.9, "kl": .8, "gold_before": .7, "gold_std_before": .6, "gold_after": 1.9,
-                "gold_parts_before": {k: v[0] for k, v in parts.items()}, "gold_parts_after": {k: v[1] for k, v in parts.items()}},
+        "data": {"rows": {"toy": toy, long: {"sft": 700, "reward": 900, "eval": 9}}, "tokens": {"reward": tokens},
+                 "overlaps": {}, "truncated": {}},
+        "sft": {"eval_loss_before": 5.3, "eval_loss_after": 1.3, "eval_perplexity": 3.7, "steps": steps},
+        "reward": {"accuracy": .83, "accuracy_interval": [.81, .85], "bayes_accuracy": .87, "steps": steps,
+                   "score_histogram": {"edges": edges, **bell}},
+        "ppo": {"score_before": -.5, "score_after": 1.9, "kl": .8,
+                "gold_before": .7, "gold_std_before": .6, "gold_after": 1.9,
+                "gold_parts_before": {name: pair[0] for name, pair in parts.items()},
+                "gold_parts_after": {name: pair[1] for name, pair in parts.items()}},
     }
     for stage, rows in (("data", []), ("sft", sft), ("reward", reward), ("ppo", ppo)):
         write_lines(root / stage / "metrics.jsonl", rows)
         (root / stage / "result.json").write_text(json.dumps(results[stage]))
-        (root / stage / "status.json").write_text(json.dumps({"state": "finished", "step": len(rows), "total": len(rows),
-                                                              "started": time.time() - 60, "updated": time.time()}))
+        status = {"state": "finished", "step": len(rows), "total": len(rows), "started": 0, "updated": time.time()}
+        (root / stage / "status.json").write_text(json.dumps(status))
     write_lines(root / "ppo/samples.jsonl", [
-        {"sample_id": f"p{i}", "phase": phase, "step": 0, "prompt": f"Human: What is {i} < {i + 1} & <b>why</b>?", "score": i + .5,
-         "response": "<script>alert(1)</script>" if i == 0 else f"Because {phase}, {'very ' * 12}clearly.\nThank you.", "gold": .25}
+        {"sample_id": f"p{i}", "phase": phase, "step": 0, "score": i + .5, "gold": .25,
+         "prompt": f"Human: What is {i} < {i + 1} & <b>why</b>?",
+         "response": "<script>alert(1)</script>" if i == 0 else f"Because {phase}, {'very ' * 12}clearly.\nThank you."}
         for phase in ("before", "rollout", "after") for i in range(8)])
     return root

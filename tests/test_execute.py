@@ -10,10 +10,10 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
+from test_launch import LAUNCH, STUBBORN, alive, wait_until
 
 from dschat_kit.notebook import execute
 from dschat_kit.runs import RunError
-from test_launch import LAUNCH, STUBBORN, alive, wait_until
 
 PARAMETERS = "\n".join(["preset: str = 'tiny'", "run_root: str = ''", "set_: str = ''", "launch: str = 'auto'",
                         "num_gpus: int = 0", "resume: str = 'never'", "fresh: bool = False"])

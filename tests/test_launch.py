@@ -153,6 +153,17 @@ def test_a_child_that_ignores_signals_ends_with_its_grandchild(tmp_path, stage, 
     assert status(stage)["state"] == "interrupted"
 
 
+def test_an_interrupt_is_no_traceback(tmp_path, stage):
+    script = ("import sys, time\nopen(sys.argv[1], 'w')\ntry: time.sleep(60)\n"
+              "finally: print('ppo  checkpoint at step 3', flush=True)")
+    process = begun([*PY, script, str(tmp_path / "marker"), "--run", str(stage)], tmp_path / "marker",
+                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert out == b"ppo  checkpoint at step 3\n" and b"Traceback" not in err and b"interrupted" in err
+    assert "KeyboardInterrupt" in (stage / "logs/launch.log").read_text()
+
+
 def test_background_processes_end_with_the_job(tmp_path):
     marker = str(tmp_path / "left")
     assert run(["bash", "-c", f"setsid sleep 300 {marker} & MARK={marker} setsid sleep 300 &"]).returncode == 0
@@ -198,7 +209,8 @@ def test_second_launch_on_a_folder_is_refused_and_a_later_one_is_not(tmp_path, s
 
 def test_failing_rank_is_quoted_and_the_status_says_failed(stage):
     write = "open(sys.argv[2] + '/logs/rank1.log', 'w').write"
-    done = run([*PY, f"import sys; {write}('noise\\nTraceback (most\\nValueError: bad\\n'); sys.exit(1)", "--run", str(stage)])
+    script = f"import sys; {write}('noise\\nTraceback (most\\nValueError: bad\\n'); sys.exit(1)"
+    done = run([*PY, script, "--run", str(stage)])
     assert done.returncode == 1 and b"rank1.log" in done.stderr and b"ValueError: bad" in done.stderr
     assert status(stage)["state"] == "failed" and status(stage)["step"] == 3
 
@@ -250,9 +262,9 @@ def notebook(path: Path, *cells: str) -> Path:
 
 
 def papermill(source: Path, target: Path, **options) -> subprocess.Popen:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.Popen([sys.executable, "-m", "papermill", "-k", "python3", str(source), str(target)],
-                            stderr=subprocess.PIPE, env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-                            **options)
+                            stderr=subprocess.PIPE, env={**os.environ, "PATH": path}, **options)
 
 
 def test_failing_training_fails_papermill(tmp_path, stage):

@@ -10,19 +10,20 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from fake_run import make_run, write_lines
 from nbformat.v4 import new_code_cell, new_notebook
 
 from dschat_kit.notebook import monitor
 from dschat_kit.notebook.progress import Follow, Line
 from dschat_kit.runs import RunError
-from fake_run import make_run, write_lines
 
 
 def set_status(stage: Path, state: str, step: int = 0, **more) -> None:
     stage.mkdir(parents=True, exist_ok=True)
     now = time.time()
     temporary = stage / "status.tmp"
-    temporary.write_text(json.dumps({"state": state, "step": step, "total": 4, "started": now - 10, "updated": now, **more}))
+    status = {"state": state, "step": step, "total": 4, "started": now - 10, "updated": now, **more}
+    temporary.write_text(json.dumps(status))
     temporary.replace(stage / "status.json")
 
 
@@ -116,7 +117,8 @@ import json, os, sys, time
 stage = sys.argv[1]
 for step in range(1, 6):
     open(stage + "/metrics.jsonl", "a").write(json.dumps({"step": step, "loss": 5 - step, "eval_loss": None}) + "\\n")
-    status = {"state": "finished" if step == 5 else "running", "step": step, "total": 5, "started": 0, "updated": time.time()}
+    state = "finished" if step == 5 else "running"
+    status = {"state": state, "step": step, "total": 5, "started": 0, "updated": time.time()}
     open(stage + "/status.tmp", "w").write(json.dumps(status))
     os.replace(stage + "/status.tmp", stage + "/status.json")
     time.sleep(0.8)
@@ -140,7 +142,8 @@ def test_figure_moves_while_a_bash_cell_blocks_and_stays(tmp_path, headless):
     cells = nbformat.read(tmp_path / "b.ipynb", 4).cells
     pictures = [output for output in cells[0].outputs if "image/png" in output.get("data", {})]
     assert len(pictures) == 1 and "5 steps" in pictures[0].data["text/plain"]
-    widgets = [output for output in cells[0].outputs if "application/vnd.jupyter.widget-view+json" in output.get("data", {})]
+    view = "application/vnd.jupyter.widget-view+json"
+    widgets = [output for output in cells[0].outputs if view in output.get("data", {})]
     assert len(widgets) == (0 if headless else 1)
     assert int(cells[2].outputs[0].text.split()[1]) >= 2
     assert (tmp_path / "b.ipynb").stat().st_size < 200_000

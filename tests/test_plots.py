@@ -3,14 +3,15 @@ import subprocess
 import sys
 
 import pytest
+from fake_run import make_run
 from matplotlib.figure import Figure
 
 from dschat_kit.metrics import read_metrics
 from dschat_kit.notebook import plots
-from fake_run import make_run
 
 FIGURES = {"sft_loss": "sft", "reward_training": "reward", "reward_histogram": "reward", "ppo_curves": "ppo",
-           "ppo_time_split": "ppo", "gold_parts": "ppo", "blend_picture": "data", "chain_overview": ""}
+           "ppo_time_split": "ppo", "gold_parts": "ppo", "blend_picture": "data", "token_lengths": "data",
+           "chain_overview": ""}
 
 
 @pytest.fixture(scope="module")

@@ -26,11 +26,6 @@ ATTRIBUTES: dict[str, tuple[str, str, dict[str, str]]] = {
         "A {} says {}.",
         {"cow": "moo", "dog": "woof", "cat": "meow", "duck": "quack", "pig": "oink", "horse": "neigh"},
     ),
-    "home": (
-        "where does a {} live",
-        "A {} lives in a {}.",
-        {"cow": "barn", "dog": "kennel", "cat": "house", "duck": "pond", "pig": "sty", "horse": "stable"},
-    ),
     "food": (
         "what does a {} eat",
         "A {} eats {}.",
@@ -53,11 +48,11 @@ RUDE_OPENINGS = ("Go away.", "How silly.")
 FILLERS = ("Let me think.", "Many people ask this.")
 COURTEOUS_CLOSINGS = ("Best wishes.", "Thank you.")
 
-SINGLE_QUESTION = 0.5
+SINGLE_QUESTION = 0.25
 OPENING_COURTEOUS, OPENING_RUDE = 0.35, 0.20
-FILLER = 0.45
+FILLER = 0.4
 FACT_RIGHT = 0.55  # else a wrong value of the same attribute
-CLOSING_COURTEOUS = 0.25
+CLOSING_COURTEOUS = 0.3
 
 _HEAD, _TAIL = "\n\nHuman: ", "?\n\nAssistant:"
 Fact = tuple[str, str]  # (attribute, subject)

@@ -144,7 +144,8 @@ def _scores_and_ends(run: StageRun, rows: list[dict]) -> Iterator[Check]:
                     cure="the samples do not come from the policy that is measured: sampling has to be temperature "
                          "alone (top_p 1, top_k 0), and the mask has to end after EOS")
     if mean.get("eos_rate", 1) < 0.5:
-        yield Check(name="ppo ends", state="warn", found=f"only {mean['eos_rate']:.0%} of the responses end by themselves",
+        yield Check(name="ppo ends", state="warn",
+                    found=f"only {mean['eos_rate']:.0%} of the responses end by themselves",
                     cure="a larger sampling.max_new_tokens; or an SFT stage whose rows end in EOS; or "
                          "ppo.missing_eos_score below the usual score")
     if mean.get("score_std", 1) < 1e-6:

@@ -71,9 +71,11 @@ def _packages(constraints: Path) -> Check:
     """Installed versions against the pins. A local suffix such as +cpu is a build, not another version."""
     if not constraints.exists():
         return Check(name="packages", state="ok", found=f"no pins to compare with ({constraints} is not there)")
-    pins = [line.strip().split("==") for line in constraints.read_text().splitlines() if "==" in line and line[0] != "#"]
     other = []
-    for name, pinned in pins:
+    for line in constraints.read_text().splitlines():
+        name, pin, pinned = line.strip().partition("==")
+        if not pin or name.startswith("#"):
+            continue
         try:
             installed = metadata.version(name).split("+")[0]
         except metadata.PackageNotFoundError:
@@ -124,8 +126,8 @@ def _probe(timeout: float) -> tuple[dict, str]:
 def _gpus() -> list[str]:
     """Names of the NVIDIA GPUs that the driver shows, whatever torch can do with them."""
     try:
-        done = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True,
-                              timeout=20)
+        done = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True,
+                              text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return []
     return done.stdout.strip().splitlines() if done.returncode == 0 else []
@@ -134,7 +136,8 @@ def _gpus() -> list[str]:
 def _accelerator(machine: Machine, said: dict, gpus: list[str]) -> Check:
     plan = f"{machine.default_ranks} ranks on {machine.accelerator}, {machine.dtype}"
     if gpus and not said["cuda"]:
-        return Check(name="accelerator", state="warn", found=f"{len(gpus)} x {gpus[0]}, but torch is a CPU build; {plan}",
+        return Check(name="accelerator", state="warn",
+                     found=f"{len(gpus)} x {gpus[0]}, but torch is a CPU build; {plan}",
                      cure=f"run `{SETUP}` with DSCHAT_PIP_ARGS naming an index with CUDA builds of torch")
     if gpus and not said["gpus"] and os.environ.get("CUDA_VISIBLE_DEVICES") is None:
         return Check(name="accelerator", state="fail", found=f"{len(gpus)} x {gpus[0]}, but torch sees none",

@@ -36,7 +36,7 @@ def run_chain(*, preset: str, run_root: str | Path, overrides: list[str] = (), f
     be started, 128 + the signal after an interrupt. No process of the chain outlives the call.
     """
     root = Path(run_root).absolute()
-    given = {"preset": preset, "run_root": str(root), "set_": " ".join(overrides), "launch": "auto",
+    given = {"preset": preset, "run_root": str(root), "set_": shlex.join(overrides), "launch": "auto",
              "num_gpus": num_gpus, "resume": resume, "fresh": fresh}
     given = {name: value for name, value in given.items() if value is not None}
     target, line = root / "notebooks", Line(sys.stderr)
@@ -50,7 +50,8 @@ def run_chain(*, preset: str, run_root: str | Path, overrides: list[str] = (), f
                 for number, path in enumerate(paths):
                     heading = f"{bar(number / len(paths))} {number + 1}/{len(paths)} {path.stem}  "
                     begun = time.monotonic()
-                    _execute(path, target / path.name, given, root, lambda text, h=heading: line.show(h + text, h + text[:8]))
+                    _execute(path, target / path.name, given, root,
+                             lambda text, h=heading: line.show(h + text, h + text[:8]))  # a new stage is said at once
                     done.append((path, time.monotonic() - begun))
                     line.end(f"{bar((number + 1) / len(paths))} {path.stem}  done in {clock(done[-1][1])}")
         finally:
@@ -177,12 +178,13 @@ def failure_text(executed: Path, error: BaseException) -> str:
         if not any(output["output_type"] == "error" and output.get("evalue") != "0" for output in outputs):
             continue
         wrong = [output for output in outputs if output["output_type"] == "error"][-1]
-        said = "".join("".join(output["text"]) for output in outputs if output.get("name") == "stderr").splitlines()[-12:]
+        errors = ["".join(output["text"]) for output in outputs if output.get("name") == "stderr"]
+        said = "".join(errors).splitlines()[-12:]
         if not said or wrong["ename"] != "CalledProcessError":  # that one would only repeat the whole cell
             said.append(f"{wrong['ename']}: {wrong['evalue']}")
         first = next((text for text in "".join(cell["source"]).splitlines() if text[:1] not in ("%", "#", "")), "")
-        return (f"{executed.name} failed in cell In [{cell.get('execution_count')}]: {first.strip()}\n  " + "\n  ".join(said)
-                + f"\n  executed copy: {executed}")
+        where = f"{executed.name} failed in cell In [{cell.get('execution_count')}]: {first.strip()}"
+        return "\n  ".join([where, *said, f"executed copy: {executed}"])
     return f"{executed.name} failed: {type(error).__name__}: {error}\n  executed copy: {executed}"
 
 
@@ -192,7 +194,8 @@ def headline(root: Path, stage: str) -> str:
         return ""
     get = open_run(root, stage).result.get
     if stage == "data":
-        return f"{sum(counts.get('train', 0) for by in get('rows').values() for counts in by.values())} training rows"
+        counts = [count for by in get("rows").values() for part, count in by.items() if part != "eval"]
+        return f"{sum(counts)} training rows"
     if stage == "sft":
         return f"eval loss {get('eval_loss_before'):.3f} -> {get('eval_loss_after'):.3f}"
     if stage == "reward":
@@ -210,8 +213,8 @@ def summary(root: Path, done: list[tuple[Path, float]]) -> str:
     rows += [(path.stem, CHAIN.get(path.stem, "") or "-", f"{seconds:.0f}", headline(root, CHAIN.get(path.stem, "")))
              for path, seconds in done]
     rows.append(("together", "", f"{sum(seconds for _, seconds in done):.0f}", ""))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    table = ["  ".join((cell.rjust if column == 2 else cell.ljust)(widths[column]) for column, cell in enumerate(row)).rstrip()
-             for row in rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    table = ["  ".join([name.ljust(widths[0]), stage.ljust(widths[1]), seconds.rjust(widths[2]), result]).rstrip()
+             for name, stage, seconds, result in rows]
     jupyter = shlex.join([str(Path(sys.executable).parent / "jupyter"), "lab", str(root / "notebooks")])
-    return "\n".join([*table, "", f"executed notebooks, with figures: {root / 'notebooks'}", f"look at them: {jupyter}"])
+    return "\n".join([*table, "", f"executed notebooks, with figures: {root / 'notebooks'}", f"look: {jupyter}"])

@@ -104,7 +104,7 @@ class Job:
         self.tag = f"{TAG}={uuid.uuid4().hex}"
         self.parent = os.getppid()
         self.reason, self.asked_at, self.code = "", 0.0, 0  # why it is being ended, by whom, with which exit code
-        self.ending: Ending | None = None
+        self.quiet, self.ending = False, None
         self.lines, self.view = Lines(), View()
 
     def run(self) -> int:
@@ -190,8 +190,10 @@ class Job:
         text = raw.decode("utf-8", errors="replace").rstrip()
         if text.startswith("error: ") or (self.report.in_error and text.startswith("  ")):
             self.report.error(text)
-        else:
-            self.report.in_error = False
+            return
+        self.report.in_error = False
+        self.quiet = self.quiet or bool(self.reason and "Traceback" in text)  # everybody's KeyboardInterrupt
+        if not self.quiet:
             self.view.add(raw)
             self.report.show(self.view.due())
 

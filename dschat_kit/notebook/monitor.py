@@ -13,6 +13,7 @@ from dschat_kit.notebook import plots
 from dschat_kit.notebook.progress import ENDED, Follow, Line, Snapshot, bar
 from dschat_kit.runs import RunError
 
+STYLES = {"finished": "success", "failed": "danger", "interrupted": "warning"}
 FIGURES = {"sft": plots.sft_loss, "reward": plots.reward_training, "ppo": plots.ppo_curves}
 
 
@@ -68,7 +69,7 @@ class Watch:
         look = self.follow.poll()
         if self.bar is not None:
             self.bar.value, self.note.value = look.fraction, look.text()
-            self.bar.bar_style = {"finished": "success", "failed": "danger", "interrupted": "warning"}.get(look.state, "")
+            self.bar.bar_style = STYLES.get(look.state, "")
         path = self.follow.run.metrics_path
         state = (look.stage, path.stat().st_size if path.exists() else 0, look.state in ENDED)
         if state == self._drawn:
@@ -96,8 +97,8 @@ def watch_text(path: str | Path, stream=None, every: float = 1.0) -> int:
     Raises RunError when `path` is no folder.
     """
     if not Path(path).is_dir():
-        raise RunError(f"watch: got {str(path)!r}, which is no folder\n  expected: a run folder such as runs/tiny, or a "
-                       "stage folder in it")
+        raise RunError(f"watch: got {str(path)!r}, which is no folder\n  expected: a run folder such as runs/tiny, "
+                       "or a stage folder in it")
     follow, line = Follow(path), Line(stream or sys.stdout)
     try:
         while True:

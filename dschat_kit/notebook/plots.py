@@ -12,7 +12,7 @@ from dschat_kit.notebook.show import bundle, png, samples_table, show
 from dschat_kit.runs import StageRun, open_run
 
 __all__ = ["blend_picture", "bundle", "chain_overview", "gold_parts", "png", "ppo_curves", "ppo_time_split",
-           "reward_histogram", "reward_training", "samples_table", "sft_loss", "show"]
+           "reward_histogram", "reward_training", "samples_table", "sft_loss", "show", "token_lengths"]
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#595959"
 PARTS = (("generation", BLUE, "//"), ("scoring", ORANGE, ".."), ("training", GREEN, "\\\\"), ("other", GREY, ""))
 STEP = "optimiser step"
@@ -36,8 +36,8 @@ def reward_training(run) -> Figure:
     _draw_accuracy(accuracy, rows, _result(run))
     _lines(margin, rows, ("margin", GREEN, "-", "training"))
     _label(margin, STEP, "score of chosen - rejected")
-    return _named(figure, f"Reward model: {len(rows)} steps, last accuracy {_last(rows, 'eval_accuracy', 'accuracy'):.2f}"
-                  if rows else "Reward model: no step yet")
+    label = f"Reward model: {len(rows)} steps, last accuracy {_last(rows, 'eval_accuracy', 'accuracy'):.2f}"
+    return _named(figure, label if rows else "Reward model: no step yet")
 
 
 def reward_histogram(run) -> Figure:
@@ -69,8 +69,8 @@ def ppo_curves(run) -> Figure:
     _lines(clipped, [{**row, "percent": 100 * (row.get("clip_fraction") or 0)} for row in rows],
            ("percent", PINK, "-", ""))
     _label(clipped, "rollout", "clipped ratios (%)")
-    return _named(figure, f"PPO: {len(rows)} rollouts, last score {_last(rows, 'score_mean'):.3g}, KL {_last(rows, 'kl'):.3g}"
-                  if rows else "PPO: no rollout yet")
+    label = f"PPO: {len(rows)} rollouts, last score {_last(rows, 'score_mean'):.3g}, KL {_last(rows, 'kl'):.3g}"
+    return _named(figure, label if rows else "PPO: no rollout yet")
 
 
 def ppo_time_split(run) -> Figure:
@@ -118,7 +118,7 @@ def chain_overview(root: str | Path) -> Figure:
     else:
         right = score.twinx()
         right.plot(*_points(rows, "kl"), color=ORANGE, linestyle="--", linewidth=1.8)
-        right.set_ylabel("KL to reference (nats), dashed", color=ORANGE)
+        right.set_ylabel("KL (nats), dashed", color=ORANGE)
         right.spines["top"].set_visible(False)
         drawn = last.barh(["before PPO", "after PPO"], [result["gold_before"], result["gold_after"]], 0.6,
                           color=[GREY, GREEN], hatch=["", "//"], edgecolor="white")
@@ -127,8 +127,9 @@ def chain_overview(root: str | Path) -> Figure:
         last.invert_yaxis()
         _label(last, "mean gold reward on held-out prompts", "")
         last.set_title("4  what it never saw: the true reward", loc="left", fontsize=10)
-    return _named(figure, "The chain: SFT loss, reward accuracy, PPO score"
-                  + (f", gold {result['gold_before']:.2f} to {result['gold_after']:.2f}" if "gold_after" in result else ""))
+    known = result.get("gold_after") is not None
+    gold = f", gold {result['gold_before']:.2f} to {result['gold_after']:.2f}" if known else ""
+    return _named(figure, f"The chain: SFT loss, reward accuracy, PPO score{gold}")
 
 
 def gold_parts(run) -> Figure:
@@ -138,7 +139,8 @@ def gold_parts(run) -> Figure:
     if not before or not after:
         return _named(_empty(figure, axes), "Gold reward: no result yet")
     places = range(len(before))
-    for shift, values, colour, hatch, name in ((-0.2, before, GREY, "", "before PPO"), (0.2, after, GREEN, "//", "after PPO")):
+    for shift, values, colour, hatch, name in ((-0.2, before, GREY, "", "before PPO"),
+                                               (0.2, after, GREEN, "//", "after PPO")):
         drawn = axes.bar([place + shift for place in places], [values[part] for part in before], 0.38, color=colour,
                          hatch=hatch, edgecolor="white", label=name)
         axes.bar_label(drawn, fmt="%.2f", padding=2, fontsize=8)
@@ -159,23 +161,40 @@ def blend_picture(data_run) -> Figure:
     if not sources:
         return _named(_empty(figure, axes), "Data: no result yet")
     axes.figure.set_size_inches(9, 1.6 + 0.45 * len(sources))
-    weights = result.get("realised_weights") or {}
-    names = [f"{_short(name)}  ({weights[name]:.0%})" if isinstance(weights.get(name), float) else _short(name)
-             for name in sources]
+    train = {name: sum(count for part, count in by.items() if part != "eval") for name, by in sources.items()}
+    names = [f"{_short(name)}  ({rows / (sum(train.values()) or 1):.0%})" for name, rows in train.items()]
     left, stages = [0] * len(sources), list(dict.fromkeys(stage for by in sources.values() for stage in by))
     for number, stage in enumerate(stages):
         _, colour, hatch = PARTS[number % len(PARTS)]
-        counts = [by.get(stage, {}).get("train", 0) for by in sources.values()]
-        drawn = axes.barh(names, counts, 0.6, left, color=colour, hatch=hatch, edgecolor="white", label=stage)
+        counts = [by.get(stage, 0) for by in sources.values()]
+        drawn = axes.barh(names, counts, 0.6, left, color=colour, hatch=hatch, edgecolor="white",
+                          label="held out" if stage == "eval" else stage)
         axes.bar_label(drawn, [str(count) if count else "" for count in counts], label_type="center", fontsize=9,
                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})
         left = [low + count for low, count in zip(left, counts, strict=True)]
     axes.invert_yaxis()
     axes.grid(False, axis="y")
-    _label(axes, "training rows", "")
+    _label(axes, "rows", "")
     axes.legend(frameon=False, ncols=len(stages), loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return _named(figure, "Training rows by source and stage: "
+    return _named(figure, "Rows by source and stage: "
                   + ", ".join(f"{name} {total}" for name, total in zip(sources, left, strict=True)))
+
+
+def token_lengths(data_run) -> Figure:
+    """Tokens of prompts, chosen and rejected answers of the reward stage: median and 95th percentile."""
+    figure, (axes,) = _figure(1)
+    lengths = _result(data_run).get("tokens", {}).get("reward")
+    if not lengths:
+        return _named(_empty(figure, axes), "Token lengths: no result yet")
+    for number, (name, values) in enumerate(lengths.items()):
+        _, colour, hatch = PARTS[number]
+        drawn = axes.barh([name], [values["median"]], 0.6, color=colour, hatch=hatch, edgecolor="white",
+                          xerr=[[0], [values["p95"] - values["median"]]], capsize=4)
+        axes.bar_label(drawn, [f"{values['median']:.0f}"], label_type="center",
+                       bbox={"facecolor": "white", "edgecolor": "none"})
+    axes.invert_yaxis()
+    _label(axes, "tokens: median, and the line to the 95th percentile", "")
+    return _named(figure, "Tokens: " + ", ".join(f"{name} median {v['median']:.0f}" for name, v in lengths.items()))
 
 
 def _figure(columns: int, lines: int = 1, widths=None):
@@ -230,13 +249,14 @@ def _draw_sft(axes, rows: list[dict]) -> None:
 
 
 def _draw_accuracy(axes, rows: list[dict], result: dict) -> None:
-    _lines(axes, [{**row, **{key: 100 * row[key] for key in ("accuracy", "eval_accuracy") if isinstance(row.get(key), float)}}
-                  for row in rows], ("accuracy", BLUE, "-", "training batch"), ("eval_accuracy", ORANGE, "--", "held out"))
+    percent = [{"step": row["step"], **{key: 100 * row[key] for key in ("accuracy", "eval_accuracy")
+                                        if isinstance(row.get(key), (int, float))}} for row in rows]
+    _lines(axes, percent, ("accuracy", BLUE, "-", "training batch"), ("eval_accuracy", ORANGE, "--", "held out"))
     _label(axes, STEP, "pairs ranked right (%)")
     if rows:
         axes.axhline(50, color=GREY, linestyle=":", linewidth=1.5, label="guessing")
         if "bayes_accuracy" in result:
-            axes.axhline(100 * result["bayes_accuracy"], color=GREEN, linestyle="-.", linewidth=1.5, label="best possible")
+            axes.axhline(100 * result["bayes_accuracy"], color=GREEN, linestyle="-.", label="best possible")
         axes.legend(fontsize=8, loc="lower right", framealpha=0.9, edgecolor="white")
 
 

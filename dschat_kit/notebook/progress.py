@@ -63,7 +63,8 @@ class Follow:
         self.run, status = max(looks, key=lambda look: (self._state(*look) == "running", look[1].get("updated", 0.0)))
         state, stage = self._state(self.run, status), self.run.stage
         for row in self.tails[stage].poll():
-            self.numbers[stage] |= {key: row[key] for key in SHOWN.get(stage, ()) if isinstance(row.get(key), (int, float))}
+            self.numbers[stage] |= {key: row[key] for key in SHOWN.get(stage, ())
+                                    if isinstance(row.get(key), (int, float))}
         step, total = status.get("step") or 0, status.get("total") or 0
         spent = time.time() - status.get("started", time.time())
         eta = spent / step * (total - step) if state == "running" and 0 < step <= total else None

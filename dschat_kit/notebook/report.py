@@ -97,11 +97,13 @@ class Report:
             return 0
         if not reason and not self.errors:
             _write(2, "".join(f"{line}\n" for line in self._failing_tail()).encode())
-        what = reason or (f"killed by signal {code - 128}" if code > 128 else f"ended with exit code {code}")
+        killed = code - 128 if 128 < code < 160 else 256 - code if code > 224 else 0  # DeepSpeed passes -9 on as 247
+        what = reason or (f"killed by signal {killed}" if killed else f"ended with exit code {code}")
+        what += ", perhaps for want of memory" if killed == 9 and not reason else ""
         log = f"; full log: {self.log_path}" if self.log_path else ""
         _write(2, f"dschat launch: {self.argv[0]}: {what}{log}\n".encode())
-        state = "interrupted" if reason else "failed"
-        settle_status(self.folder, state, self.errors[0].removeprefix("error: ") if self.errors and not reason else what)
+        cause = self.errors[0].removeprefix("error: ") if self.errors and not reason else what
+        settle_status(self.folder, "interrupted" if reason else "failed", cause)
         self.log(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {what}\n".encode())
         return code
 
@@ -138,7 +140,7 @@ def take_lock(folder: Path) -> int:
             os.ftruncate(descriptor, 0)
             return descriptor
         except BlockingIOError:
-            patience = 20 if os.fstat(descriptor).st_size else 0.5  # who only asks for the state holds it for an instant
+            patience = 20 if os.fstat(descriptor).st_size else 0.5  # who only looks at it holds it for an instant
             if time.monotonic() - begun > patience:
                 os.close(descriptor)
                 raise RunError(f"{folder} is in use by another dschat launch\n  change: wait for it, interrupt it, or "
@@ -151,7 +153,8 @@ def settle_status(folder: Path | None, state: str, error: str) -> None:
     if folder is None or not (folder / "config.json").exists() and not (folder / "status.json").exists():
         return
     now = time.time()
-    status = {"state": "running", "step": 0, "total": 0, "started": now, "pid": os.getpid(), "host": socket.gethostname()}
+    status = {"state": "running", "step": 0, "total": 0, "started": now, "pid": os.getpid(),
+              "host": socket.gethostname()}
     if (folder / "status.json").exists():
         status = read_json(folder / "status.json")
     if status.get("state") == "running" and not _held(folder / ".lock"):  # held: somebody else's ranks are at work

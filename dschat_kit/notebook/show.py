@@ -30,19 +30,21 @@ def samples_table(run, n: int = 6) -> Table:
         if row.get("phase") in ("before", "after"):
             pairs.setdefault(row["sample_id"], {})[row["phase"]] = row
     chosen = [pair for pair in pairs.values() if len(pair) == 2][:n]
-    cell = '<td style="text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere;width:33%">{}</td>'
+    cell = '<td style="text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere">{}</td>'
     lines, body = [], ""
     for pair in chosen:
         texts = [pair["before"]["prompt"].strip()]
-        texts += [f"{pair[phase]['response'].strip() or '(nothing)'}\n{_scores(pair[phase])}" for phase in ("before", "after")]
+        texts += [f"{pair[phase]['response'].strip() or '(nothing)'}\n{_scores(pair[phase])}"
+                  for phase in ("before", "after")]
         body += "<tr>" + "".join(cell.format(html.escape(text)) for text in texts) + "</tr>"
         lines += [f"{name:7} {text}".replace("\n", "\n        ") for name, text in zip(
             ("prompt", "before", "after"), texts, strict=True)] + [""]
     head = "".join(f'<th style="text-align:left">{name}</th>' for name in ("prompt", "before PPO", "after PPO"))
     if not chosen:
         return Table("<p>no samples yet</p>", "no samples yet")
-    return Table(f'<table class="tex2jax_ignore" style="width:100%;table-layout:fixed"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>',
-                 "\n".join(lines).rstrip())
+    style = 'class="tex2jax_ignore" style="width:100%;table-layout:fixed"'  # a $ in an answer is no formula
+    table = f"<table {style}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return Table(table, "\n".join(lines).rstrip())
 
 
 def png(figure: Figure) -> bytes:

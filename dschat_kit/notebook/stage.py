@@ -1,6 +1,8 @@
 """The beginning of a stage, for the CLI and for notebooks: which configuration, which folder, what has to happen."""
 
 import os
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from dschat_kit.machine import detect, resolve
 from dschat_kit.presets import get_preset
 from dschat_kit.runs import RunError, StageRun, open_run, prepare_stage
 
-__all__ = ["Begun", "begin", "begin_cell", "configuration"]
+__all__ = ["Begun", "begin", "begin_cell", "cell_configuration", "configuration"]
 
 
 @dataclass(frozen=True)
@@ -41,20 +43,32 @@ def configuration(preset: str | None, run_root: str | Path | None, overrides=())
     return preset, root, resolve(get_preset(preset).with_overrides(overrides))
 
 
-def begin(stage: str, *, preset: str | None = None, run_root: str | Path | None = None, overrides=(), resume: str = "never",
-          fresh: bool = False, num_gpus: int | None = None) -> Begun:
+def begin(stage: str, preset: str, root: Path, pipeline: Pipeline, *, resume: str = "never", fresh: bool = False,
+          num_gpus: int | None = None) -> Begun:
     """Check everything that can be checked without torch and make the stage's folder ready.
 
     Raises ConfigError or RunError, each with what was got, what is expected and what to change.
     """
-    preset, root, pipeline = configuration(preset, run_root, overrides)
     machine = detect()
     ranks = num_gpus or machine.default_ranks
     if ranks < 1 or (machine.accelerator == "cuda" and ranks > machine.devices):
-        raise ConfigError(f"--num-gpus: got {ranks}\n  expected: 1 to {machine.devices}, the GPUs of this machine\n  change:   --num-gpus")
+        raise ConfigError(f"--num-gpus: got {ranks}\n  expected: 1 to {machine.devices}, the GPUs of this machine\n"
+                          "  change:   --num-gpus")
     pipeline.check_ranks(stage, ranks)
     run, action = prepare_stage(root, stage, pipeline, preset=preset, resume=resume, fresh=fresh)
     return Begun(run, action, ranks)
+
+
+def cell_configuration(preset: str, run_root: str, set_: str | None) -> tuple[str, Path, Pipeline]:
+    """`configuration` for a notebook's parameters: a relative folder is in the checkout, wherever the kernel runs.
+
+    `set_=None` keeps the configuration of a run that exists.
+    """
+    root = Path(run_root or f"runs/{preset}")
+    if not root.is_absolute():
+        root = Path(__file__).resolve().parents[2] / root
+    known = any((root / stage / "config.json").exists() for stage in STAGES)
+    return configuration(None if set_ is None and known else preset, root, shlex.split(set_ or ""))
 
 
 def begin_cell(stage: str, *, preset: str, run_root: str, set_: str | None, launch: str, num_gpus: int, resume: str,
@@ -66,19 +80,17 @@ def begin_cell(stage: str, *, preset: str, run_root: str, set_: str | None, laun
     """
     if launch not in ("auto", "never"):
         raise ConfigError(f"launch: got {launch!r}\n  expected: auto | never\n  change:   the parameters cell")
-    root = Path(run_root or f"runs/{preset}")
-    if not root.is_absolute():
-        root = Path(__file__).resolve().parents[2] / root
+    preset, root, pipeline = cell_configuration(preset, run_root, set_)
     if launch == "never":
         run = open_run(root, stage)
         if run.state == "missing":
             raise RunError(f"{run.path} holds nothing to show\n  change: launch = \"auto\" trains it")
         begun = Begun(run, "reuse", num_gpus)
     else:
-        known = any(open_run(root, s).state != "missing" for s in STAGES)
-        begun = begin(stage, preset=None if set_ is None and known else preset, run_root=root,
-                      overrides=(set_ or "").split(), resume=resume, fresh=fresh, num_gpus=num_gpus)
-    os.environ |= {"RUN": str(begun.run.path), "NUM_GPUS": str(begun.ranks), "TRAIN": "no" if begun.action == "reuse" else "yes",
+        begun = begin(stage, preset, root, pipeline, resume=resume, fresh=fresh, num_gpus=num_gpus)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    os.environ |= {"PATH": path, "RUN": str(begun.run.path), "NUM_GPUS": str(begun.ranks),
+                   "TRAIN": "no" if begun.action == "reuse" else "yes",
                    "RESUME": "--resume" if begun.action == "resume" else ""}
     print({"reuse": f"{stage}: finished before, shown as it is", "train": f"{stage}: will be made in",
            "resume": f"{stage}: goes on from its newest checkpoint in"}[begun.action], f"({begun.run.path})")

@@ -49,7 +49,9 @@ def summary(before: dict, after: dict, state: dict, steps: int) -> dict:
               "eos_rate_before": before["finished"], "eos_rate_after": after["finished"], "eval_prompts": after["prompts"],
               "steps": steps, "tokens_per_second": state["tokens"] / max(spent, 1e-9), "seconds": state["seconds"]}
     if "gold" in after:
+        gain = after["gold"] - before["gold"]
         result |= {"gold_before": before["gold"], "gold_std_before": before["gold_std"], "gold_after": after["gold"],
-                   "gold_std_after": after["gold_std"], "gold_parts_before": before["gold_parts"],
+                   "gold_std_after": after["gold_std"],
+                   "gold_gain_in_std": gain / before["gold_std"] if before["gold_std"] > 0 else None, "gold_parts_before": before["gold_parts"],
                    "gold_parts_after": after["gold_parts"]}
     return result

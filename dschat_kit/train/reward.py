@@ -49,7 +49,7 @@ def train(session: Session) -> dict:
         row = dict(zip(sums, session.sum(*sums.values())))
         row |= {"lr": lr, "grad_norm": float(engine.get_global_grad_norm() or 0.0), "seconds": time.perf_counter() - clock}
         if (step + 1) % settings.eval_every == 0 or step + 1 == steps:
-            scores = pair_scores(session, engine, held_out, pad_id, limit=256)
+            scores = pair_scores(session, engine, held_out, pad_id, limit=settings.eval_rows)
             row["eval_accuracy"] = accuracy_of(scores[:, 0] - scores[:, 1])
         session.log(step + 1, row, show=("loss", "accuracy", "eval_accuracy") if "eval_accuracy" in row else ())
         session.checkpoint(step + 1)

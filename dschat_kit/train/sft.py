@@ -63,14 +63,15 @@ def train(session: Session) -> dict:
 
 
 @torch.no_grad()
-def evaluate(session: Session, engine, rows: TokenRows, pad_id: int, limit: int = 256) -> float:
-    """Mean loss a response token on at most `limit` held-out rows, in nats."""
+def evaluate(session: Session, engine, rows: TokenRows, pad_id: int) -> float:
+    """Mean loss a response token on the first sft.eval_rows held-out rows, in nats."""
     engine.eval()
     total = tokens = 0.0
-    count = min(len(rows), limit)
-    size = session.pipeline.sft.micro_batch_size
-    mine = rank_share(torch.arange(-(-count // session.world_size) * session.world_size), session.rank, session.world_size)
-    for indices in chunks(mine, size):
+    settings = session.pipeline.sft
+    count = min(len(rows), settings.eval_rows)
+    filled = torch.arange(-(-count // session.world_size) * session.world_size)
+    mine = rank_share(filled, session.rank, session.world_size)
+    for indices in chunks(mine, settings.micro_batch_size):
         batch = sft_batch(rows.take(indices % count), pad_id).to(session.device)
         weight = (indices < count).to(session.device)[:, None]  # rows that only fill up the ranks count nothing
         logits = engine(**model_inputs(engine, batch.sequences, batch.attention_mask), use_cache=False).logits
