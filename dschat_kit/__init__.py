@@ -2,7 +2,7 @@
 
 Read the modules in READING_ORDER; every one imports only from those before it.
 
-    config, presets, machine, runs, metrics   what was asked, the machine, and the run folder
+    sections, config, presets, machine, runs, metrics   what was asked, the machine, and the run folder
     data/      raw rows -> records -> exact text -> splits -> token rows -> batches
     models/    Hugging Face models: causal, and with a scalar head
     rlhf/      the mathematics, plain torch
@@ -14,16 +14,17 @@ Read the modules in READING_ORDER; every one imports only from those before it.
 """
 
 READING_ORDER = (
-    "config", "presets", "machine", "runs", "metrics",
+    "sections", "config", "presets", "machine", "runs", "metrics",
     "data.toy", "data.sources", "data.prompts", "data.splits", "data.tokenizer", "data.pipeline", "data.datasets",
-    "models.loading", "models.scalar_model", "models.fetch",
+    "models.loading", "models.scalar_model", "models.lora", "models.fetch",
     "rlhf.experience", "rlhf.rewards", "rlhf.losses", "rlhf.rollout",
     "engine.ds_config", "engine.engines", "engine.zero", "engine.rollout_types", "engine.decode", "engine.hybrid",
     "engine.checkpoints",
-    "train.session", "train.sft", "train.reward", "train.prompts", "train.ppo_metrics", "train.ppo",
+    "train.session", "train.rank", "train.sft", "train.reward", "train.prompts", "train.ppo_metrics", "train.ppo",
     "chat",
     "notebook.processes", "notebook.lines", "notebook.report", "notebook.launch", "notebook.stage", "notebook.progress",
-    "notebook.monitor", "notebook.plots", "notebook.execute", "notebook.doctor",
+    "notebook.show", "notebook.tables", "notebook.plots", "notebook.monitor", "notebook.execute",
+    "notebook.checks", "notebook.diagnosis", "notebook.doctor",
     "cli",
 )
 

@@ -14,6 +14,7 @@ import torch
 from dschat_kit.data.prompts import HUMAN, prompt_text, response_text
 from dschat_kit.data.tokenizer import open_tokenizer, pad_id_of
 from dschat_kit.metrics import JsonlWriter
+from dschat_kit.models.loading import quiet_loading
 from dschat_kit.runs import RunError, StageRun, open_run, write_json
 
 __all__ = ["ChatSession", "box", "compare", "record", "talk"]
@@ -27,7 +28,8 @@ class ChatSession:
         if not (Path(model_dir) / "config.json").exists():
             raise RunError(f"{model_dir} holds no exported model\n  change: train it first, or name another run")
         self.tokenizer = open_tokenizer(model_dir)
-        self.model = AutoModelForCausalLM.from_pretrained(str(model_dir)).to(device).eval()
+        with quiet_loading():
+            self.model = AutoModelForCausalLM.from_pretrained(str(model_dir)).to(device).eval()
         self.max_new_tokens, self.history = max_new_tokens, ""
 
     @classmethod
@@ -89,6 +91,10 @@ class ChatSession:
             self._remember(text, "".join(pieces).strip())
 
     def _inputs(self, batch) -> dict:
+        limit, width = getattr(self.model.config, "max_position_embeddings", None), batch["input_ids"].shape[1]
+        if limit and width + self.max_new_tokens > limit:
+            raise RunError(f"got {width} tokens of dialogue and {self.max_new_tokens} to answer\n  expected: at most {limit} "
+                           "together, the model's positions\n  change: a shorter question, or a new session")
         return {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
     def _sampling(self, temperature: float, seed: int) -> dict:
@@ -128,16 +134,25 @@ def box(session: ChatSession, example: str):
         return
     from IPython.display import display
     from ipywidgets import HTML, Text, VBox
-    entry, log = Text(placeholder=example, continuous_update=False, layout={"width": "90%"}), HTML()
+    entry = Text(placeholder=f"{example}  (Enter asks)", continuous_update=False, layout={"width": "90%"})
+    log = HTML()
 
     def answer(change):
-        question, before = change["new"].strip(), log.value
-        if question:
-            said = ""
+        question, before, said = change["new"].strip(), log.value, ""
+        if not question:
+            return
+        entry.value = ""
+
+        def write(text):
+            log.value = f"{before}<p><b>{html.escape(question)}</b><br>" \
+                        f'<span style="white-space:pre-wrap">{html.escape(text)}</span></p>'
+        write("...")
+        try:
             for piece in session.stream(question, remember=False):
                 said += piece
-                log.value = f"{before}<p><b>{html.escape(question)}</b><br>{html.escape(said)}</p>"
-            entry.value = ""
+                write(said.strip())
+        except RunError as error:  # a callback's error would go to a log that nobody reads
+            write(f"error: {error}")
     entry.observe(answer, names="value")
     display(VBox([log, entry]))
 

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from dschat_kit.config import ConfigError
-from dschat_kit.presets import PRESETS
+from dschat_kit.machine import checkout
+from dschat_kit.presets import PRESETS, get_preset
 from dschat_kit.runs import RunError
 
 __all__ = ["main"]
@@ -45,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("run", "data", "sft", "reward", "ppo"):
         _configuration_options(commands.choices[name])
     chat = command("chat", _chat, "talk to the model of a run")
-    chat.add_argument("--run-root", type=Path, default=Path("runs/tiny"), metavar="DIR")
+    chat.add_argument("--run-root", type=Path, default=checkout() / "runs" / "tiny", metavar="DIR")
     chat.add_argument("--stage", choices=("sft", "ppo"), help="whose model (default: the last one trained)")
     chat.add_argument("--ask", action="append", metavar="TEXT", help="ask this and leave; may be repeated")
     watch = command("watch", _watch, "follow a run in the terminal")
@@ -62,29 +63,33 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _configuration_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", metavar="NAME", help=f"{' | '.join(PRESETS)} (default: that of an existing run, else tiny)")
-    parser.add_argument("--set", dest="overrides", action="extend", nargs="+", default=[], metavar="SECTION.FIELD=VALUE")
-    parser.add_argument("--run-root", type=Path, metavar="DIR", help="the run folder (default: runs/PRESET)")
-    parser.add_argument("--num-gpus", type=int, metavar="N", help="ranks (default: every GPU; without GPUs two)")
-    parser.add_argument("--resume", choices=("auto", "never"), default="never", help="auto goes on with an interrupted stage")
-    parser.add_argument("--fresh", action="store_true", help="begin again; what is there is moved aside, not deleted")
+    option = parser.add_argument
+    option("--preset", metavar="NAME", help=f"{' | '.join(PRESETS)} (default: that of an existing run, else tiny)")
+    option("--set", dest="overrides", action="extend", nargs="+", default=[], metavar="SECTION.FIELD=VALUE",
+           help="change settings, as in --set ppo.kl_coef=0.05 data.sources=my.jsonl:2,other.jsonl:1")
+    option("--run-root", type=Path, metavar="DIR", help="the run folder (default: runs/PRESET in the checkout)")
+    option("--num-gpus", type=int, metavar="N", help="ranks (default: every GPU; without GPUs two)")
+    option("--resume", choices=("auto", "never"), default="never", help="auto goes on with an interrupted stage")
+    option("--fresh", action="store_true", help="begin again; what is there is moved aside, not deleted")
 
 
 def _run(args) -> int:
     from dschat_kit.notebook.execute import run_chain
-    from dschat_kit.notebook.stage import configuration
+    from dschat_kit.notebook.stage import check, configuration
     preset, root, pipeline = configuration(args.preset, args.run_root, args.overrides)
+    check(pipeline, ("sft", "reward", "ppo"), args.num_gpus)
     return run_chain(preset=preset, run_root=root, overrides=_flat(pipeline, preset), from_stage=args.from_stage,
                      num_gpus=args.num_gpus or 0, resume=args.resume, fresh=args.fresh)
 
 
 def _flat(pipeline, preset: str) -> list[str]:
     """The overrides that make `pipeline` out of the preset."""
-    base = PRESETS[preset].to_dict()
-    rows = [("seed", pipeline.seed, base["seed"])]
-    rows += [(f"{section}.{name}", value, base[section][name]) for section, fields in pipeline.to_dict().items()
-             if isinstance(fields, dict) for name, value in fields.items()]
-    return [f"{path}={json.dumps(value) if not isinstance(value, str) else value}" for path, value, old in rows if value != old]
+    base, rows = get_preset(preset).to_dict(), []
+    for section, fields in pipeline.to_dict().items():
+        inner = isinstance(fields, dict)
+        rows += [(f"{section}.{name}", value, base[section][name]) for name, value in fields.items()] if inner else [
+            (section, fields, base[section])]
+    return [f"{path}={new if isinstance(new, str) else json.dumps(new)}" for path, new, old in rows if new != old]
 
 
 def _stage(args) -> int:
@@ -119,7 +124,8 @@ def _doctor(args) -> int:
     from dschat_kit.notebook import doctor
     checks = doctor.run_checks(args.path) if args.path else doctor.machine_checks()
     failed = any(check.state == "fail" for check in checks)
-    print(json.dumps({"checks": [vars(check) for check in checks], "ok": not failed}) if args.json else doctor.render(checks))
+    found = {"checks": [vars(check) for check in checks], "ok": not failed}
+    print(json.dumps(found) if args.json else doctor.render(checks))
     return int(failed)
 
 

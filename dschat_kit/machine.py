@@ -1,4 +1,4 @@
-"""What this machine has, found without importing torch: the one place where device, dtype and rank count are decided."""
+"""What this machine has, found without importing torch: the one place where device, dtype and ranks are decided."""
 
 import dataclasses
 import os
@@ -9,9 +9,7 @@ from pathlib import Path
 
 from dschat_kit.config import Pipeline
 
-__all__ = ["Machine", "detect", "resolve"]
-
-_CHECKOUT = Path(__file__).resolve().parents[1]
+__all__ = ["Machine", "checkout", "detect", "resolve"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +44,12 @@ def detect() -> Machine:
                    bf16=_gpu_bf16() if gpus else _cpu_bf16(), torch_build=_torch_build())
 
 
+def checkout() -> Path:
+    """The repository that this package runs from; of a package installed without one, the current folder."""
+    place = Path(__file__).resolve().parents[1]
+    return place if (place / "notebooks").is_dir() else Path.cwd()
+
+
 def resolve(pipeline: Pipeline) -> Pipeline:
     """What names stand for here, written out: a run folder says what was done, not what was asked for.
 
@@ -54,19 +58,19 @@ def resolve(pipeline: Pipeline) -> Pipeline:
     """
     model, data = pipeline.model, pipeline.data
     dtype = detect().dtype if model.dtype == "auto" else model.dtype
-    places = [Path(model.name), Path("models") / Path(model.name).name, _CHECKOUT / "models" / Path(model.name).name]
+    places = [Path(model.name), *(folder / "models" / Path(model.name).name for folder in (Path(), checkout()))]
     name = next((str(place.absolute()) for place in places if (place / "config.json").exists()), model.name)
+    sources = ",".join(_source(source) + ("" if weight is None else f":{weight:.12g}")
+                       for source, weight in data.weighted_sources())
     return dataclasses.replace(pipeline, model=dataclasses.replace(model, dtype=dtype, name=name),
-                               data=dataclasses.replace(data, sources=",".join(map(_source, data.sources.split(",")))))
+                               data=dataclasses.replace(data, sources=sources))
 
 
-def _source(text: str) -> str:
-    name, colon, weight = text.strip().partition(":")
+def _source(name: str) -> str:
     if name == "hh-helpful":
         folder = os.environ.get("DSCHAT_DATA")
-        return (str(Path(folder).absolute() / "hh_helpful_256") if folder else "Dahoas/rm-static") + colon + weight
-    path = text.strip() if Path(text.strip()).exists() else name
-    return str(Path(path).absolute()) + text.strip()[len(path):] if path and Path(path).exists() else text.strip()
+        return str(Path(folder).absolute() / "hh_helpful_256") if folder else "Dahoas/rm-static"
+    return str(Path(name).absolute()) if name != "toy" and Path(name).exists() else name
 
 
 def _torch_build() -> str:

@@ -1,23 +1,31 @@
-"""metrics.jsonl and samples.jsonl: one flushed JSON object a line, and readers that tolerate a half-written last line."""
+"""metrics.jsonl and samples.jsonl: one flushed JSON object a line; readers tolerate a half-written last line."""
 
 import json
 import math
 from pathlib import Path
 
+from dschat_kit.runs import cannot
+
 __all__ = ["JsonlWriter", "MetricsTail", "read_metrics", "truncate_after"]
 
 
 class JsonlWriter:
-    """Appends objects to a JSON-lines file, a flushed line each. A NaN or infinity is written as null."""
+    """Appends objects to a JSON-lines file. A NaN or infinity is written as null; a full disk is a RunError."""
 
     def __init__(self, path: Path):
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = open(path, "ab", buffering=0)
 
     def write(self, row: dict) -> None:
-        self._file.write(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        """One object as one whole line, with the file before any reader looks again."""
+        line = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
+        try:
+            while line:
+                line = line[self._file.write(line):]
+        except OSError as error:
+            raise cannot(f"write {self._file.name}", error) from error
 
     def close(self) -> None:
+        """Release the file; every line is on it already."""
         self._file.close()
 
 
@@ -39,7 +47,7 @@ class MetricsTail:
             return []
         whole = text[: text.rfind(b"\n") + 1]
         self._offset += len(whole)
-        return [json.loads(line) for line in whole.decode("utf-8").splitlines() if line.strip()]
+        return [json.loads(line) for line in whole.split(b"\n") if line.strip()]  # text may hold other line breaks
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -48,8 +56,8 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Drop the lines of steps above `step`, so that a resumed run writes no step twice."""
-    kept = [row for row in read_metrics(path) if row.get("step", 0) <= step]
+    """Drop the lines of steps above `step` (0: all lines), so that a resumed run writes no step twice."""
+    kept = [row for row in read_metrics(path) if step and row.get("step", 0) <= step]
     if path.exists():
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")

@@ -43,7 +43,12 @@ def write_json(path: Path, obj) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path}: {error.strerror}\n  change: free space, permissions or --run-root") from error
+        raise cannot(f"write {path}", error) from error
+
+
+def cannot(what: str, error: OSError) -> RunError:
+    """The error for a disk that is full, read-only or otherwise in the way."""
+    return RunError(f"cannot {what}: {error.strerror or error}\n  change: free space, permissions or --run-root")
 
 
 def read_json(path: Path):
@@ -52,6 +57,8 @@ def read_json(path: Path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{path} does not exist") from None
+    except OSError as error:
+        raise cannot(f"read {path}", error) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RunError(f"{path} is not readable JSON: {error}") from None
 
@@ -63,7 +70,7 @@ class StageRun:
         self.path = Path(path).absolute()
         self.stage = self.path.name
         if self.stage not in STAGES:
-            raise RunError(f"{self.path} is no stage folder\n  expected: a folder named {' | '.join(STAGES)} in a run folder")
+            raise RunError(f"{self.path} is no stage folder\n  expected: a folder named {' | '.join(STAGES)}")
         self.root = self.path.parent
         self.metrics_path, self.samples_path = self.path / "metrics.jsonl", self.path / "samples.jsonl"
         self.logs, self.model_dir = self.path / "logs", self.path / "model"
@@ -71,10 +78,12 @@ class StageRun:
 
     @property
     def config(self) -> dict:
+        """config.json: stage, preset, config_hash, seed, and the whole pipeline as it was asked for."""
         return read_json(self.path / "config.json")
 
     @property
     def pipeline(self) -> Pipeline:
+        """The configuration as typed settings."""
         return Pipeline.from_dict(self.config["pipeline"])
 
     @property
@@ -84,11 +93,12 @@ class StageRun:
 
     @property
     def result(self) -> dict:
+        """result.json; RunError before the stage has finished once."""
         return read_json(self.path / "result.json")
 
     @property
     def state(self) -> str:
-        """missing | running | finished | failed | interrupted. Running without a process that holds it is interrupted."""
+        """missing | running | finished | failed | interrupted. Running, but held by no process, is interrupted."""
         state = self.status.get("state", "missing")
         if state == "running" and not self.in_use():
             return "interrupted"
@@ -96,7 +106,7 @@ class StageRun:
 
     def in_use(self) -> bool:
         """Whether a rank or a launcher holds this folder now."""
-        return any(_locked(self.path / name) for name in (".lock", ".launch.lock"))
+        return any(_held(self.path / name) for name in (".lock", ".launch.lock"))
 
     def update_status(self, **changes) -> None:
         """Merge into status.json; sets `updated`."""
@@ -108,25 +118,37 @@ class StageRun:
     @contextmanager
     def lock(self, name: str = ".lock"):
         """Hold the folder. Raises RunError when another process has it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / name, "a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RunError(f"{self.path} is in use by another process\n"
-                               f"  change: wait for it, end it, or choose another --run-root") from None
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(self.path / name, "a+")
+        except OSError as error:
+            raise cannot(f"write in {self.path}", error) from error
+        with file:
+            for patience in range(20, -1, -1):  # who only looks whether it is held has it for an instant
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if not patience:
+                        raise _in_use(self) from None
+                    time.sleep(0.01)
             yield
 
 
-def _locked(path: Path) -> bool:
+def _held(path: Path) -> bool:
     try:
         with open(path) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
-    except OSError:
+    except BlockingIOError:
         return True
     return False
+
+
+def _in_use(run: StageRun) -> RunError:
+    return RunError(f"{run.path} is in use by another process\n"
+                    "  change: wait for it, end it, or choose another --run-root")
 
 
 def open_run(root: Path, stage: str) -> StageRun:
@@ -139,25 +161,21 @@ def prepare_stage(root: Path, stage: str, pipeline: Pipeline, *, preset: str = "
     """Make a stage's folder ready and say what has to happen: `reuse`, `train` or `resume`.
 
     Finished with the same configuration is reused; an interrupted or failed one needs resume="auto"; a changed
-    one needs fresh=True, which moves the old folder aside and never deletes it. Raises RunError or ConfigError.
+    one needs fresh=True, which moves the old folder aside and never deletes it. What failed before its first step
+    has nothing to keep and begins again. Raises RunError or ConfigError.
     """
     run = open_run(root, stage)
     _require_earlier(run, pipeline)
     wanted = {"stage": stage, "preset": preset, "config_hash": stage_hash(pipeline, stage), "seed": pipeline.seed,
               "pipeline": pipeline.to_dict()}
-    try:
-        run.path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot make {run.path}: {error.strerror}\n  change: permissions or --run-root") from error
     if run.in_use():
-        raise RunError(f"{run.path} is in use by another process\n  change: wait for it, end it, or choose another --run-root")
+        raise _in_use(run)
     with run.lock():
         action = _decide(run, wanted, resume, fresh)
     if action == "aside":
-        run.path.rename(_aside(run.path))
+        _move_aside(run.path)
         action = "train"
     if action != "reuse":
-        run.logs.mkdir(parents=True, exist_ok=True)
         write_json(run.path / "config.json", wanted)
     return run, action
 
@@ -165,69 +183,61 @@ def prepare_stage(root: Path, stage: str, pipeline: Pipeline, *, preset: str = "
 def stage_hash(pipeline: Pipeline, stage: str) -> str:
     """`Pipeline.config_hash` with the content of local source files, so that changed rows are a changed stage."""
     digest = hashlib.sha256(pipeline.config_hash(stage).encode())
-    for path, _ in parse_sources(pipeline.data.sources):
+    for path, _ in pipeline.data.weighted_sources():
         for file in source_files(path):
-            with open(file, "rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            try:
+                with open(file, "rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+            except OSError as error:
+                raise RunError(f"data.sources: {file} cannot be read: {error.strerror}\n"
+                               "  change: the file's permissions, or --set data.sources=PATH") from error
     return digest.hexdigest()[:16]
-
-
-def parse_sources(text: str) -> list[tuple[str, float | None]]:
-    """`PATH[:weight],PATH...` as (path or name, weight or None). A colon that no number follows belongs to the path."""
-    pairs = []
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        name, colon, weight = part.rpartition(":")
-        try:
-            pairs.append((name, float(weight)) if colon else (part, None))
-        except ValueError:
-            pairs.append((part, None))
-    if not pairs or any(weight is not None and not 0 < weight < float("inf") for _, weight in pairs):
-        raise ConfigError(f"data.sources: got {text!r}\n  expected: PATH[:weight][,PATH[:weight]...], weights above 0\n"
-                          "  change:   --set data.sources=my.jsonl:2,other.jsonl:1")
-    return pairs
 
 
 def source_files(path: str) -> list[Path]:
     """The files of a local source: the file itself, or train.jsonl and eval.jsonl of a folder; none for names."""
     place = Path(path)
-    if place.is_dir():
-        return [file for file in (place / "train.jsonl", place / "eval.jsonl") if file.exists()]
-    if place.suffix in (".jsonl", ".json") or place.is_absolute() or path.startswith("."):
-        if not place.exists():
-            raise ConfigError(f"data.sources: got {path!r}, which does not exist\n  expected: a JSON-lines file, a folder with "
-                              "train.jsonl, or a Hub name\n  change:   --set data.sources=PATH")
-        return [place]
-    return []
+    if not (place.suffix in (".jsonl", ".json") or place.is_absolute() or path.startswith(".")):
+        return []
+    files = [place / "train.jsonl", place / "eval.jsonl"] if place.is_dir() else [place]
+    if not files[0].exists():
+        raise ConfigError(f"data.sources: got {path!r}, but {files[0]} does not exist\n  expected: a JSON-lines file, "
+                          "a folder with train.jsonl (and eval.jsonl), or a Hub name\n"
+                          "  change:   --set data.sources=PATH")
+    return [file for file in files if file.exists()]
 
 
 def _require_earlier(run: StageRun, pipeline: Pipeline) -> None:
     for earlier in REQUIRES[run.stage]:
         before = open_run(run.root, earlier)
-        if earlier == "data" and before.state == "missing":
+        state = before.state
+        if earlier == "data" and state in ("missing", "failed", "interrupted"):  # built on the way
             continue
-        if before.state != "finished":
-            raise RunError(f"{run.stage} needs a finished {earlier} stage in {run.root}, which is {before.state}\n"
-                           f"  change: run `dschat {earlier}` first, or choose another --run-root")
+        if state != "finished":
+            raise RunError(f"{run.stage} needs a finished {earlier} stage in {run.root}, which is {state}\n"
+                           f"  change: `dschat {earlier} --run-root {run.root}` first, or choose another --run-root")
         if before.config["config_hash"] != stage_hash(pipeline, earlier):
             raise RunError(f"the {earlier} stage in {run.root} was made with another configuration\n  changed: "
                            f"{_difference(before.config['pipeline'], pipeline.to_dict())}\n"
-                           f"  change: make it anew with `dschat {earlier} --fresh`, or choose another --run-root")
+                           f"  change: make it anew with `dschat {earlier} --run-root {run.root} --fresh`, or choose "
+                           "another --run-root")
 
 
 def _decide(run: StageRun, wanted: dict, resume: str, fresh: bool) -> str:
     if not (run.path / "config.json").exists():
         return "train"
-    old, state = run.config, run.status.get("state", "missing")
     if fresh:
         return "aside"
+    old, state = run.config, run.status.get("state", "missing")
+    kept = any(path.exists() for path in (run.metrics_path, run.samples_path, run.checkpoints))
+    if state == "missing" or state == "failed" and not kept:
+        return "train"
     if old["config_hash"] != wanted["config_hash"]:
         raise RunError(f"{run.path} was made with another configuration\n  changed: "
                        f"{_difference(old['pipeline'], wanted['pipeline'])}\n"
                        f"  change: --fresh (the old folder is moved aside), or another --run-root")
     if state == "finished":
         return "reuse"
-    if state == "missing":
-        return "train"
     if resume != "auto":
         raise RunError(f"{run.path} was {'interrupted' if state == 'running' else state} at step "
                        f"{run.status.get('step', 0)}\n  change: --resume auto to go on, or --fresh to begin again")
@@ -239,13 +249,17 @@ def _difference(old: dict, new: dict) -> str:
     for section in sorted(set(old) | set(new)):
         before, after = old.get(section), new.get(section)
         if isinstance(before, dict) and isinstance(after, dict):
-            rows += [f"{section}.{k}: {before.get(k)!r} -> {after.get(k)!r}" for k in after if before.get(k) != after[k]]
+            rows += [f"{section}.{k}: {before.get(k)!r} -> {new!r}" for k, new in after.items() if before.get(k) != new]
         elif before != after:
             rows.append(f"{section}: {before!r} -> {after!r}")
     return "; ".join(rows) or "the content of data.sources"
 
 
-def _aside(path: Path) -> Path:
+def _move_aside(path: Path) -> None:
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    names = [path.with_name(f"{path.name}.old-{stamp}{suffix}") for suffix in ("", *(f"-{i}" for i in range(1, 100)))]
-    return next(name for name in names if not name.exists())
+    names = (path.with_name(f"{path.name}.old-{stamp}{suffix}") for suffix in ("", *(f"-{i}" for i in range(1, 100))))
+    try:
+        path.rename(next(name for name in names if not name.exists()))
+        path.mkdir()
+    except OSError as error:
+        raise cannot(f"move {path} aside", error) from error

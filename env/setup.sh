@@ -175,7 +175,7 @@ for info in "$venv"/lib/python3*/site-packages/*.dist-info; do
     rm -rf -- "$info"
   fi
 done
-# Python compiles what is imported when it is imported; compiling all 20,000 files here would double the time.
+# Python compiles what is imported when it is imported; compiling all 16,000 files here would double the time.
 install=(install --no-compile --constraint "$root/env/constraints.txt" ${pip_args[@]+"${pip_args[@]}"})
 if stamped other-build; then
   # pip would keep another build of the same version. Until the new one is in, the stamp fits nothing.

@@ -6,10 +6,10 @@ set -euo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 select=(-m "not slow")
-if [[ ${1-} == --all ]]; then
-  select=()
-  shift
-fi
+arguments=()
+for argument in "$@"; do
+  if [[ $argument == --all ]]; then select=(); else arguments+=("$argument"); fi
+done
 bash "$root/env/setup.sh" test fetch
 cd -- "$root"
-exec "$root/.venv/bin/python" -m pytest ${select[@]+"${select[@]}"} "$@"
+exec "$root/.venv/bin/python" -m pytest ${select[@]+"${select[@]}"} ${arguments[@]+"${arguments[@]}"}

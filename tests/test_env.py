@@ -37,7 +37,7 @@ case "$1 $2" in
     fi
     if [[ $* == *--editable* ]]; then printf '#!%s\\nprint("ds")\\n' "$here/python" > "$here/deepspeed"; fi
     ;;
-*) exec REAL "$@" ;;
+*) exec "REAL" "$@" ;;
 esac
 """
 
@@ -153,7 +153,9 @@ def test_an_interrupted_setup_ends_pip_and_leaves_no_stamp(checkout):
     root, environment = checkout
     job = subprocess.Popen(["bash", str(root / "env" / "setup.sh")], env={**environment, "FAKE_SECONDS": "30"},
                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 20
     while not pip_calls(checkout):
+        assert time.monotonic() < deadline and job.poll() is None, "set-up never came to pip"
         time.sleep(0.05)
     job.send_signal(signal.SIGTERM)
     assert job.wait(20) == 143
@@ -214,6 +216,7 @@ def test_run_and_test_pass_their_arguments_on(checkout):
     assert said[-2:] == ["dschat doctor", "dschat run --preset tiny --set seed=2"]
     assert run(str(root / "env/test.sh"), "-x")[-1] == f"pytest -m pytest -m not slow -x in {root} data="
     assert run(str(root / "env/test.sh"), "--all")[-1] == f"pytest -m pytest in {root} data="
+    assert run(str(root / "env/test.sh"), "-k", "a b", "--all")[-1] == f"pytest -m pytest -k a b in {root} data="
     assert run(str(root / ".ci/run"))[-1] == f"pytest -m pytest in {root} data={root.parent / 'shared' / 'data'}"
 
 

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dschat_kit.config import ConfigError
 from dschat_kit.data.splits import epoch_order
 
-__all__ = ["PromptBatch", "SequenceBatch", "StepSampler", "TokenRows", "pad_prompts", "pad_sequences", "preference_batch",
-           "rank_share", "sft_batch"]
+__all__ = ["PromptBatch", "SequenceBatch", "StepSampler", "TokenRows", "chunks", "pad_prompts", "pad_sequences",
+           "preference_batch", "rank_share", "sft_batch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,7 @@ class SequenceBatch:
     """(B, T) bool: a real token of the response, its EOS included"""
 
     def to(self, device) -> "SequenceBatch":
+        """The same batch on another device."""
         return SequenceBatch(**{name: value.to(device) for name, value in vars(self).items()})
 
 
@@ -59,7 +61,7 @@ class TokenRows:
     def take(self, indices) -> list[dict]:
         """Rows as dictionaries, in the order of `indices`."""
         columns = self.table[[int(i) for i in indices]]
-        return [dict(zip(columns, values)) for values in zip(*columns.values())]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +73,13 @@ class StepSampler:
 
     def __post_init__(self):
         if self.rows < self.batch_size:
-            raise ValueError(f"got {self.rows} rows for a batch of {self.batch_size}\n  expected: at least one full batch\n"
-                             "  change:   a smaller batch_size or more rows in data.sources")
+            raise ConfigError(f"batch_size: got {self.batch_size}, with {self.rows} rows\n"
+                              "  expected: at least one full batch\n"
+                              "  change:   a smaller batch_size or more rows in data.sources")
 
     @property
     def steps_per_epoch(self) -> int:
+        """Full batches that the rows make."""
         return self.rows // self.batch_size
 
     def steps(self, epochs: int, max_steps: int) -> int:
@@ -95,11 +99,11 @@ def rank_share(indices: np.ndarray, rank: int, world_size: int) -> np.ndarray:
 
 def pad_sequences(prompts: list[list[int]], responses: list[list[int]], pad_id: int) -> SequenceBatch:
     """Join and pad on the right."""
-    width = max(len(p) + len(r) for p, r in zip(prompts, responses))
+    width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
     sequences = torch.full((len(prompts), width), pad_id, dtype=torch.long)
     attention_mask = torch.zeros(len(prompts), width, dtype=torch.bool)
     response_mask = torch.zeros_like(attention_mask)
-    for i, (prompt, response) in enumerate(zip(prompts, responses)):
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         end = len(prompt) + len(response)
         sequences[i, :end] = torch.tensor(prompt + response)
         attention_mask[i, :end] = True

@@ -6,39 +6,46 @@ Runs by itself: python -m dschat_kit.data.pipeline --run RUN/data
 """
 
 import argparse
-import json
+import os
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 
-from dschat_kit.config import ConfigError, Pipeline
+from dschat_kit.config import ConfigError, Data, Pipeline
 from dschat_kit.data.prompts import prompt_text, response_text
-from dschat_kit.data.sources import DataError, PreferenceRecord, read_source
+from dschat_kit.data.sources import DataError, PreferenceRecord, labels_of, read_source
 from dschat_kit.data.splits import PARTS, blend, epoch_order, part_of, resolve_weights
 from dschat_kit.data.tokenizer import open_tokenizer, train_tokenizer
-from dschat_kit.runs import RunError, StageRun, parse_sources, write_json
+from dschat_kit.runs import RunError, StageRun, cannot, write_json
 
-__all__ = ["build_stage_data", "tokenizer_of"]
+__all__ = ["build_stage_data", "split_records", "token_columns", "tokenizer_of"]
+
+Pools = dict[str, dict[str, list[PreferenceRecord]]]
+"""part -> label of the source -> its records"""
 
 
 def build_stage_data(run: StageRun, report=print) -> dict:
     """Build `run` (a data stage whose config.json is written) unless it is finished; returns its result.
 
-    Raises DataError or ConfigError for what the user can mend.
+    `report` gets lines for the reader. Raises RunError (DataError for a row) or ConfigError for what a user can mend.
     """
     with run.lock():
         if run.status.get("state") == "finished":
             return run.result
         started = time.time()
-        run.update_status(state="running", step=0, total=4, started=started, error=None)
+        run.update_status(state="running", step=0, total=4, started=started, error=None, pid=os.getpid())
         try:
             result = _build(run, run.pipeline, report)
-        except (ConfigError, RunError, OSError) as error:
-            run.update_status(state="failed", error=str(error))
+        except BaseException as error:
+            shown = cannot(f"write in {run.path}", error) if isinstance(error, OSError) else error
+            state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            run.update_status(state=state, error=str(shown) or type(error).__name__)
+            if shown is not error:
+                raise shown from error
             raise
         result |= {"seconds": time.time() - started, "config_hash": run.config["config_hash"], "world_size": 1,
                    "seed": run.pipeline.seed, "resumed_from": [],
@@ -54,54 +61,62 @@ def tokenizer_of(run: StageRun):
 
 
 def _build(run: StageRun, pipeline: Pipeline, report) -> dict:
-    sources = parse_sources(pipeline.data.sources)
-    pools, account = _split(pipeline, [name for name, _ in sources])
+    pools, account = split_records(pipeline)
     run.update_status(step=1)
-    blended = {part: _blend(pools[part], [w for _, w in sources], pipeline.seed) for part in PARTS}
+    weights = [weight for _, weight in pipeline.data.weighted_sources()]
+    blended = {part: _blend(part, pools[part], weights, pipeline.seed) for part in PARTS}
     blended["eval"] = blended["eval"][: pipeline.data.eval_rows]
     for part, records in blended.items():
         report(f"data  {part:<6} {len(records):>7} rows")
-        if not records:
-            raise DataError(f"no rows are left for {part}\n  expected: at least one row for each of {', '.join(PARTS)}\n"
-                            "  change:   more rows in data.sources, data.stage_split or data.eval_fraction")
     tokenizer = _tokenizer(pipeline, blended["sft"])
     tokenizer.save_pretrained(run.path / "tokenizer")
     run.update_status(step=2)
-    truncated = {part: _write(run.path / "rows" / part, records, tokenizer, pipeline) for part, records in blended.items()}
+    cut, lengths = {}, {}
+    for part, records in blended.items():
+        columns, cut[part] = token_columns(records, tokenizer, pipeline.data)
+        lengths[part] = _lengths(columns)
+        _save(columns, run.path / "rows" / part)
     run.update_status(step=3)
-    return account | {"rows": _counts(blended), "truncated": truncated, "realised_weights": _weights(blended),
-                      "overlaps": _overlaps(blended), "vocabulary": len(tokenizer),
-                      "tokens": {part: _lengths(run.path / "rows" / part) for part in PARTS}}
+    report("data  longer than the limits, cut: "
+           + ", ".join(f"{sum(counts[side] for counts in cut.values())} {side}" for side in cut["sft"]))
+    return account | {"rows": _counts(blended), "truncated": cut, "realised_weights": _weights(blended),
+                      "overlaps": _overlaps(blended), "vocabulary": len(tokenizer), "tokens": lengths}
 
 
-def _split(pipeline: Pipeline, names: list[str]) -> tuple[dict, dict]:
-    """Records by part and source. A prompt that any source holds out is dropped from training in all of them."""
-    data = pipeline.data
-    records = {name: list(read_source(name, data, pipeline.seed)) for name in names}
+def split_records(pipeline: Pipeline) -> tuple[Pools, dict]:
+    """All records by part and source, and counts of those read and dropped.
+
+    A prompt that any source holds out is dropped from training in all of them.
+    """
+    data, names = pipeline.data, [name for name, _ in pipeline.data.weighted_sources()]
     placed: dict[str, list[tuple[str, PreferenceRecord]]] = {}
-    for name, rows in records.items():
+    for name, label in zip(names, labels_of(names), strict=True):
+        rows = list(read_source(name, label, data, pipeline.seed))
         fraction = 0.0 if any(record.part == "eval" for record in rows) else data.eval_fraction
-        placed[name] = [(r.part or part_of(r.split_key, data.split_shares(), fraction), r) for r in rows]
+        placed[label] = [(r.part or part_of(r.split_key, data.split_shares(), fraction), r) for r in rows]
     held = {r.split_key for rows in placed.values() for part, r in rows if part == "eval"}
-    pools, dropped = {part: [] for part in PARTS}, Counter()
-    for name, rows in placed.items():
-        mine = {part: [] for part in PARTS}
-        for part, record in rows:
-            if part != "eval" and record.split_key in held:
-                dropped[name] += 1
-            else:
-                mine[part].append(record)
-        for part in PARTS:
-            pools[part].append(mine[part])
-    return pools, {"read": {n: len(r) for n, r in records.items()}, "dropped_because_held_out": dict(dropped)}
+    pools, dropped = {part: {label: [] for label in placed} for part in PARTS}, {}
+    for label, rows in placed.items():
+        kept = [(part, r) for part, r in rows if part == "eval" or r.split_key not in held]
+        dropped[label] = len(rows) - len(kept)
+        for part, record in kept:
+            pools[part][label].append(record)
+    return pools, {"read": {label: len(rows) for label, rows in placed.items()}, "dropped_because_held_out": dropped}
 
 
-def _blend(pools: list[list[PreferenceRecord]], given: list, seed: int) -> list[PreferenceRecord]:
-    sizes = [len(pool) for pool in pools]
-    if not sum(sizes):
-        return []
-    shuffled = [[pool[i] for i in epoch_order(len(pool), seed, 0)] for pool in pools]
-    return [shuffled[source][row] for source, row in blend(resolve_weights(given, sizes), sizes)]
+def _blend(part: str, pools: dict[str, list[PreferenceRecord]], given: list, seed: int) -> list[PreferenceRecord]:
+    """The rows of one part in their order. Held-out rows are those that there are; weights bind the training."""
+    weighted = any(weight is not None for weight in given) and part != "eval"
+    empty = [label for label, pool in pools.items() if not pool]
+    if empty and (weighted or len(empty) == len(pools)):
+        raise DataError(f"data.sources: no rows of {', '.join(empty)} are left for {part}\n"
+                        f"  expected: at least one row for each of {', '.join(PARTS)}\n"
+                        "  change:   more rows in data.sources, data.stage_split or data.eval_fraction")
+    chosen = [(pool, weight) for pool, weight in zip(pools.values(), given, strict=True) if pool]
+    sizes = [len(pool) for pool, _ in chosen]
+    shuffled = [[pool[i] for i in epoch_order(len(pool), seed, 0)] for pool, _ in chosen]
+    order = blend(resolve_weights([weight for _, weight in chosen], sizes), sizes)
+    return [shuffled[source][row] for source, row in order]
 
 
 def _tokenizer(pipeline: Pipeline, records: list[PreferenceRecord]):
@@ -111,61 +126,61 @@ def _tokenizer(pipeline: Pipeline, records: list[PreferenceRecord]):
     return train_tokenizer(texts, pipeline.model.vocab_size)
 
 
-def _write(path: Path, records: list[PreferenceRecord], tokenizer, pipeline: Pipeline) -> dict:
-    """One Arrow table; returns how many texts were cut. Ids of a whole response end with EOS, of a cut one do not."""
+def token_columns(records: list[PreferenceRecord], tokenizer, data: Data) -> tuple[dict[str, list], dict[str, int]]:
+    """The columns of a table, and how many prompts, chosen and rejected texts were cut to the limits.
+
+    The ids of a whole response end with EOS, those of a cut one do not.
+    """
+    texts = {"prompt": [prompt_text(r.prompt) for r in records], "chosen": [response_text(r.chosen) for r in records],
+             "rejected": [response_text(r.rejected) for r in records]}
+    columns = {"sample_id": [r.sample_id for r in records], "source": [r.source for r in records], **texts}
+    cut = {}
+    for side, column in texts.items():
+        limit, end = (data.max_prompt_tokens, []) if side == "prompt" else (data.max_response_tokens,
+                                                                           [tokenizer.eos_token_id])
+        ids = [row + end for row in tokenizer(column, add_special_tokens=False)["input_ids"]]
+        columns[f"{side}_ids"] = [row[-limit:] if side == "prompt" else row[:limit] for row in ids]
+        cut[side] = sum(len(row) > limit for row in ids)
+    return columns, cut
+
+
+def _save(columns: dict[str, list], path: Path) -> None:
     import datasets
-    limits, cut = pipeline.data, Counter()
-    prompts = [prompt_text(r.prompt) for r in records]
-    ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    columns = {"sample_id": [r.sample_id for r in records], "source": [r.source for r in records], "prompt": prompts,
-               "prompt_ids": [row[-limits.max_prompt_tokens:] for row in ids]}
-    cut["prompt"] = sum(len(row) > limits.max_prompt_tokens for row in ids)
-    for side in ("chosen", "rejected"):
-        columns[side] = [response_text(getattr(r, side)) for r in records]
-        ids = [row + [tokenizer.eos_token_id] for row in tokenizer(columns[side], add_special_tokens=False)["input_ids"]]
-        columns[f"{side}_ids"] = [row[: limits.max_response_tokens] for row in ids]
-        cut[side] = sum(len(row) > limits.max_response_tokens for row in ids)
     datasets.disable_progress_bars()
     datasets.Dataset.from_dict(columns).save_to_disk(str(path))
-    return dict(cut)
 
 
-def _counts(blended: dict) -> dict:
-    counts = defaultdict(dict)
-    for part, records in blended.items():
-        for source, number in Counter(r.source for r in records).items():
-            counts[source][part] = number
-    return dict(counts)
+def _counts(blended: dict[str, list[PreferenceRecord]]) -> dict:
+    sources = dict.fromkeys(r.source for records in blended.values() for r in records)
+    return {source: {part: sum(r.source == source for r in records) for part, records in blended.items()}
+            for source in sources}
 
 
-def _weights(blended: dict) -> dict:
+def _weights(blended: dict[str, list[PreferenceRecord]]) -> dict:
     return {part: {s: n / len(records) for s, n in Counter(r.source for r in records).items()}
             for part, records in blended.items()}
 
 
-def _overlaps(blended: dict) -> dict:
+def _overlaps(blended: dict[str, list[PreferenceRecord]]) -> dict:
     keys = {part: {r.split_key for r in records} for part, records in blended.items()}
     return {f"{a} and {b}": len(keys[a] & keys[b]) for i, a in enumerate(PARTS) for b in PARTS[i + 1:]}
 
 
-def _lengths(path: Path) -> dict:
-    import datasets
-    table = datasets.load_from_disk(str(path))
-    return {column: {q: float(np.quantile([len(row) for row in table[f"{column}_ids"]], p))
-                     for q, p in (("median", 0.5), ("p95", 0.95), ("max", 1.0))} for column in ("prompt", "chosen", "rejected")}
+def _lengths(columns: dict[str, list]) -> dict:
+    return {side: {name: float(np.quantile([len(row) for row in columns[f"{side}_ids"]], p))
+                   for name, p in (("median", 0.5), ("p95", 0.95), ("max", 1.0))}
+            for side in ("prompt", "chosen", "rejected")}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line of the data stage. Exit code 2 with a message for what the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", required=True, type=Path)
-    run = StageRun(parser.parse_args(argv).run)
     try:
-        result = build_stage_data(run, report=lambda line: print(line, flush=True))
+        build_stage_data(StageRun(parser.parse_args(argv).run), report=lambda line: print(line, flush=True))
     except (ConfigError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps({"overlaps": sum(result["overlaps"].values()), "truncated": result["truncated"]}))
     return 0
 
 

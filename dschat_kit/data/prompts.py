@@ -1,8 +1,6 @@
-"""Record -> the exact text that a model reads. The only file that spells the dialogue's roles."""
+"""A record's texts -> the exact text that a model reads. The only file that spells the dialogue's roles."""
 
-from dschat_kit.data.sources import PreferenceRecord
-
-__all__ = ["HUMAN", "ASSISTANT", "prompt_text", "question_of", "response_text"]
+__all__ = ["ASSISTANT", "HUMAN", "prompt_text", "question_of", "response_text"]
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
@@ -20,11 +18,6 @@ def prompt_text(text: str) -> str:
 def response_text(text: str) -> str:
     """A response as it follows `Assistant:`: one space, then the text."""
     return " " + text.strip()
-
-
-def texts_of(record: PreferenceRecord) -> tuple[str, str, str]:
-    """(prompt, chosen, rejected) as they are tokenised."""
-    return prompt_text(record.prompt), response_text(record.chosen), response_text(record.rejected)
 
 
 def question_of(prompt: str) -> str:

@@ -1,6 +1,6 @@
 """Raw rows of any source -> PreferenceRecord. A `sample_id` is born here and follows the sample everywhere.
 
-A source is a function from Data settings and a name to (part, row) pairs; `register_source` adds one by name.
+A source is a function from data settings and a seed to rows; `register_source` adds one by name.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from dschat_kit.config import Data
 from dschat_kit.data import toy
 from dschat_kit.runs import RunError, source_files
 
-__all__ = ["DataError", "PreferenceRecord", "gold_of", "read_source", "register_source"]
+__all__ = ["DataError", "PreferenceRecord", "gold_of", "labels_of", "read_source", "register_source"]
 
 TOY_ROWS = 20_000
 
@@ -31,7 +31,8 @@ class PreferenceRecord:
     chosen: str
     rejected: str
     split_key: str
-    """Records with the same key are never split between stages nor between training and evaluation."""
+    """Records with the same key are never split between stages nor between training and evaluation: the row's own
+    `split_key` where it has one, else its prompt."""
     part: str
     """`eval` where the source says that the row is held out, else empty."""
 
@@ -56,29 +57,39 @@ def _toy(data: Data, seed: int) -> Rows:
 
 
 def gold_of(source: str):
-    """The module with gold_reward(), gold_parts() and bayes_accuracy() of a source whose true reward is known, else None."""
+    """Where the true reward is known, the module with its gold_reward(), gold_parts(), bayes_accuracy(); else None."""
     return toy if source == "toy" else None
 
 
-def read_source(name: str, data: Data, seed: int) -> Iterator[PreferenceRecord]:
-    """All usable rows of one source. Raises DataError naming file and line of the first row that is not."""
-    columns = ("prompt", "chosen", "rejected") if name in SOURCES else tuple(c.strip() for c in data.columns.split(","))
+def labels_of(names: list[str]) -> list[str]:
+    """Short names that tell the sources apart, registered ones too: the end of each path, as long as it has to be."""
+    for depth in range(1, 1 + max(len(Path(name).parts) for name in names)):
+        labels = [str(Path(*Path(name).parts[-depth:])) for name in names]
+        taken = [label for label, name in zip(labels, names, strict=True) if label in SOURCES and name not in SOURCES]
+        if len(set(labels)) == len(names) and not taken:
+            return labels
+    return names
+
+
+def read_source(name: str, label: str, data: Data, seed: int) -> Iterator[PreferenceRecord]:
+    """All rows of one source, called `label` in ids. Raises DataError naming file and line of an unusable one."""
+    columns = ("prompt", "chosen", "rejected") if name in SOURCES else data.column_names()
     rows = SOURCES[name](data, seed) if name in SOURCES else _local(name) if source_files(name) else _hub(name)
-    label = name if name in SOURCES else Path(name).name
     taken = 0
     for place, part, row in rows:
-        yield _record(row, columns, place, part, label)
-        taken += 1
-        if data.rows and taken >= data.rows and not part:
+        if data.rows and taken >= data.rows:
             return
+        yield _record(row, columns, place, part, label)
+        taken += not part
     if not taken:
-        raise DataError(f"{name} has no rows\n  expected: at least one row with {', '.join(columns)}\n"
-                        "  change:   data.sources")
+        raise DataError(f"data.sources: {name} has no rows to train on\n  expected: at least one with "
+                        f"{', '.join(columns)}\n  change:   --set data.sources=PATH")
 
 
 def _record(row: dict, columns: tuple[str, ...], place: str, part: str, label: str) -> PreferenceRecord:
     if not isinstance(row, dict):
-        raise DataError(f"{place}: got {type(row).__name__}\n  expected: an object with {', '.join(columns)}")
+        raise DataError(f"{place}: got {type(row).__name__}\n  expected: an object with {', '.join(columns)}\n"
+                        "  change: mend or remove the line")
     texts = []
     for column in columns:
         if column not in row:
@@ -90,18 +101,15 @@ def _record(row: dict, columns: tuple[str, ...], place: str, part: str, label: s
         texts.append(row[column])
     digest = hashlib.blake2b("\x00".join(texts).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
     prompt, chosen, rejected = texts
+    key = str(row.get("split_key") or " ".join(prompt.split()))
     return PreferenceRecord(sample_id=f"{label}-{digest}", source=label, prompt=prompt, chosen=chosen,
-                            rejected=rejected, split_key=str(row.get("split_key") or " ".join(prompt.split())), part=part)
+                            rejected=rejected, split_key=key, part=part)
 
 
 def _local(name: str) -> Rows:
-    files = source_files(name)
-    if not files:
-        raise DataError(f"{name}: got a folder without train.jsonl\n  expected: train.jsonl (and eval.jsonl) in it")
-    has_train = any(file.name == "train.jsonl" for file in files)
-    for file in sorted(files, key=lambda f: f.name == "train.jsonl"):  # eval first: data.rows bounds training rows
-        part = "eval" if has_train and file.name == "eval.jsonl" else ""
-        yield from ((place, part, row) for place, row in _json_lines(file))
+    train, *held_out = source_files(name)
+    for file in (*held_out, train):  # training rows last: data.rows bounds them
+        yield from ((place, "" if file == train else "eval", row) for place, row in _json_lines(file))
 
 
 def _json_lines(file: Path) -> Iterator[tuple[str, dict]]:
@@ -114,11 +122,13 @@ def _json_lines(file: Path) -> Iterator[tuple[str, dict]]:
                 try:
                     yield place, json.loads(line.decode("utf-8"))
                 except UnicodeDecodeError as error:
-                    raise DataError(f"{place}: is not UTF-8 ({error.reason})\n  change: save the file as UTF-8") from None
+                    raise DataError(f"{place}: is not UTF-8 ({error.reason})\n  change: the file's encoding") from None
                 except json.JSONDecodeError as error:
-                    raise DataError(f"{place}: is no JSON ({error})\n  expected: one JSON object a line") from None
+                    raise DataError(f"{place}: is no JSON ({error})\n  expected: one JSON object a line\n"
+                                    "  change: mend or remove the line") from None
     except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}\n  change: the file's permissions or data.sources") from error
+        raise DataError(f"data.sources: {file} cannot be read: {error.strerror}\n"
+                        "  change: the file's permissions, or --set data.sources=PATH") from error
 
 
 def _hub(name: str) -> Rows:
@@ -126,8 +136,9 @@ def _hub(name: str) -> Rows:
     try:
         parts = datasets.load_dataset(name)
     except Exception as error:  # the library raises many kinds; each means that the name cannot be loaded
-        raise DataError(f"data.sources: {name!r} cannot be loaded: {str(error).splitlines()[0]}\n  expected: toy, a local "
-                        "JSON-lines file or folder, or a data set of a reachable Hub\n  change: --set data.sources=PATH") from error
+        raise DataError(f"data.sources: {name!r} cannot be loaded: {str(error).partition(chr(10))[0]}\n"
+                        "  expected: toy, a local JSON-lines file or folder, or a data set of a reachable Hub\n"
+                        "  change: --set data.sources=PATH") from error
     for split in sorted(parts, key=lambda s: s == "train"):
         part = "" if split == "train" else "eval"
         yield from ((f"{name} {split} row {number}", part, row) for number, row in enumerate(parts[split]))

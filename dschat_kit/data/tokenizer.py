@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from dschat_kit.config import Model
 from dschat_kit.data.sources import DataError
 
 __all__ = ["open_tokenizer", "pad_id_of", "train_tokenizer"]
@@ -30,10 +29,11 @@ def open_tokenizer(name: str | Path):
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name))
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"model.name: {str(name)!r} has no tokenizer that can be loaded: {str(error).splitlines()[0]}\n"
-                        "  expected: a folder or Hub name of a causal language model\n  change: --set model.name=PATH") from error
+        raise DataError(f"model.name: {str(name)!r} has no tokenizer that can be loaded: "
+                        f"{str(error).partition(chr(10))[0]}\n  expected: a folder or Hub name of a causal language "
+                        "model\n  change: --set model.name=PATH") from error
     if tokenizer.eos_token_id is None:
-        raise DataError(f"the tokenizer of {name} has no EOS token\n  expected: an EOS token, which ends every response\n"
+        raise DataError(f"the tokenizer of {name} has no EOS token\n  expected: one, which ends every response\n"
                         "  change: set eos_token in its tokenizer_config.json")
     return tokenizer
 

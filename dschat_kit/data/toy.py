@@ -1,45 +1,75 @@
 """An embedded dialogue world whose true ("gold") reward is known.
 
-People ask one or two questions about a small world of facts. A writer of mixed quality answers: sometimes courteous,
-sometimes rude, with or without filler, right or wrong. Preferences between two answers are drawn from the gold reward
-by Bradley-Terry. Gold labels the preferences and measures the result; no training stage ever reads it.
+People ask one or two questions about a small world of facts. A writer of mixed quality answers: sometimes
+courteous, sometimes rude, with or without filler, with the right value or with that fact's common mistake.
+Preferences between two answers are drawn from the gold reward by Bradley-Terry. Gold labels the preferences
+and measures the result; no training stage ever reads it.
 
-Standard library only; every row is a function of the seed and its index, so a longer stream starts with the shorter one.
+Standard library only; rows come from one seeded stream, so a longer stream starts with the shorter one.
 """
 
 import math
 import random
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import cache
 
 WEIGHTS = {"correct": 0.6, "polite": 0.2, "brief": 0.2}
 PREFERENCE_SCALE = 12.0
 GOLD_SENTENCE = (
-    "Gold = 0.6 x the share of the questions answered correctly + 0.2 if the answer is courteous exactly once and never "
-    "rude + 0.2 if no sentence is needless; text that is unfinished or not made of this world's sentences gets 0."
+    "Gold = 0.6 x the share of questions answered correctly + 0.2 if the answer is courteous exactly once "
+    "and never rude + 0.2 if no sentence is needless; text that is unfinished or not made of this world's "
+    "sentences gets 0."
 )
 
-# attribute -> (question, statement, {subject: right value}); a wrong answer takes another value of the same attribute
-ATTRIBUTES: dict[str, tuple[str, str, dict[str, str]]] = {
+# attribute -> (question, statement, {subject: (right value, common mistake)})
+ATTRIBUTES: dict[str, tuple[str, str, dict[str, tuple[str, str]]]] = {
     "sound": (
         "what does a {} say",
         "A {} says {}.",
-        {"cow": "moo", "dog": "woof", "cat": "meow", "duck": "quack", "pig": "oink", "horse": "neigh"},
+        {
+            "cow": ("moo", "baa"),
+            "dog": ("woof", "tweet"),
+            "cat": ("meow", "roar"),
+            "duck": ("quack", "hiss"),
+            "pig": ("oink", "buzz"),
+            "horse": ("neigh", "cluck"),
+        },
     ),
     "food": (
         "what does a {} eat",
         "A {} eats {}.",
-        {"cow": "grass", "dog": "bones", "cat": "fish", "duck": "snails", "pig": "turnips", "horse": "hay"},
+        {
+            "cow": ("grass", "beef"),
+            "dog": ("bones", "soap"),
+            "cat": ("fish", "leaves"),
+            "duck": ("snails", "wood"),
+            "pig": ("turnips", "stones"),
+            "horse": ("hay", "cheese"),
+        },
     ),
     "colour": (
         "what colour is a {}",
         "A {} is {}.",
-        {"lemon": "yellow", "tomato": "red", "lime": "green", "carrot": "orange", "plum": "purple", "coconut": "brown"},
+        {
+            "lemon": ("yellow", "pink"),
+            "tomato": ("red", "blue"),
+            "lime": ("green", "grey"),
+            "carrot": ("orange", "white"),
+            "plum": ("purple", "silver"),
+            "coconut": ("brown", "black"),
+        },
     ),
     "capital": (
         "what is the capital of {}",
         "The capital of {} is {}.",
-        {"France": "Paris", "Japan": "Tokyo", "Egypt": "Cairo", "Kenya": "Nairobi", "Peru": "Lima", "Italy": "Rome"},
+        {
+            "France": ("Paris", "Lyon"),
+            "Japan": ("Tokyo", "Osaka"),
+            "Egypt": ("Cairo", "Luxor"),
+            "Kenya": ("Nairobi", "Mombasa"),
+            "Peru": ("Lima", "Cusco"),
+            "Italy": ("Rome", "Milan"),
+        },
     ),
 }
 GREETINGS = ("Hello, ", "Please, ", "Hi, ")
@@ -51,7 +81,7 @@ COURTEOUS_CLOSINGS = ("Best wishes.", "Thank you.")
 SINGLE_QUESTION = 0.25
 OPENING_COURTEOUS, OPENING_RUDE = 0.35, 0.20
 FILLER = 0.4
-FACT_RIGHT = 0.55  # else a wrong value of the same attribute
+FACT_RIGHT = 0.55  # else the common mistake
 CLOSING_COURTEOUS = 0.3
 
 _HEAD, _TAIL = "\n\nHuman: ", "?\n\nAssistant:"
@@ -71,22 +101,22 @@ def question(fact: Fact) -> str:
 def statement(fact: Fact, value: str | None = None) -> str:
     """The sentence that states `value` (the right one when None) for a fact."""
     _, form, values = ATTRIBUTES[fact[0]]
-    return form.format(fact[1], values[fact[1]] if value is None else value)
+    return form.format(fact[1], values[fact[1]][0] if value is None else value)
 
 
-@lru_cache(maxsize=1)
+@cache
 def _questions() -> dict[str, Fact]:
     return {question(fact): fact for fact in all_facts()}
 
 
-@lru_cache(maxsize=1)
+@cache
 def _statements() -> dict[str, tuple[Fact, bool]]:
     """Sentence -> (fact, is it right), for each value of each attribute."""
     table = {}
     for fact in all_facts():
         values = ATTRIBUTES[fact[0]][2]
-        for value in dict.fromkeys(values.values()):
-            table[statement(fact, value)] = (fact, value == values[fact[1]])
+        for value in (value for pair in values.values() for value in pair):
+            table[statement(fact, value)] = (fact, value == values[fact[1]][0])
     return table
 
 
@@ -105,7 +135,7 @@ def asked_facts(prompt: str) -> list[Fact]:
         if None not in facts:
             return facts
     raise ValueError(
-        f"got the prompt {prompt!r}; expected a question of the toy world such as {make_prompt(all_facts()[:1])!r}; "
+        f"got the prompt {prompt!r}; expected one of the toy world such as {make_prompt(all_facts()[:1])!r}; "
         "change the prompt, or do not ask for its gold reward"
     )
 
@@ -119,7 +149,7 @@ def split_sentences(response: str) -> list[str] | None:
     return sentences if all(sentence in known for sentence in sentences) else None
 
 
-@lru_cache(maxsize=1)
+@cache
 def _style_sentences() -> frozenset[str]:
     return frozenset(COURTEOUS_OPENINGS + RUDE_OPENINGS + FILLERS + COURTEOUS_CLOSINGS)
 
@@ -127,9 +157,10 @@ def _style_sentences() -> frozenset[str]:
 def gold_parts(prompt: str, response: str, finished: bool = True) -> dict[str, float]:
     """The parts of the gold reward, each in [0, 1]: correct, polite, brief, well_formed.
 
-    `finished` says whether the response ended with EOS. A response that is unfinished or not made of this world's
-    sentences has all parts 0. A question counts as answered correctly when its right value and no other is stated;
-    needless sentences are fillers, repetitions, and statements nobody asked for. ValueError: see `asked_facts`.
+    `finished` says whether the response ended with EOS. A response that is unfinished or not made of this
+    world's sentences has all parts 0. A question counts as answered correctly when its right value and no
+    other is stated; needless are fillers, repetitions, and statements nobody asked for. ValueError: see
+    `asked_facts`.
     """
     asked = asked_facts(prompt)
     sentences = split_sentences(response) if finished else None
@@ -154,7 +185,7 @@ def gold_parts(prompt: str, response: str, finished: bool = True) -> dict[str, f
 
 
 def gold_reward(prompt: str, response: str, finished: bool = True) -> float:
-    """The true reward in [0, 1] of a response (see GOLD_SENTENCE); ValueError when the prompt is not of this world."""
+    """The true reward in [0, 1] of a response (see GOLD_SENTENCE); ValueError: see `asked_facts`."""
     parts = gold_parts(prompt, response, finished)
     return sum(weight * parts[name] for name, weight in WEIGHTS.items())
 
@@ -165,15 +196,15 @@ def preference_probability(gap: float) -> float:
 
 
 def bayes_accuracy(gold_gaps: Iterable[float]) -> float:
-    """The best accuracy any reward model can have on pairs with these gold gaps; ValueError when there are none."""
+    """The best accuracy a reward model can have on pairs with these gold gaps; ValueError for no pairs."""
     values = [preference_probability(abs(float(gap))) for gap in gold_gaps]
     if not values:
-        raise ValueError("got no gold gaps; expected at least one pair; change the evaluation split or its size")
+        raise ValueError("got no gold gaps; expected at least one pair; change the size of the eval split")
     return sum(values) / len(values)
 
 
 def write_answer(facts: Iterable[Fact], rng: random.Random) -> str:
-    """One answer of the writer, who never looks at gold: leading space, sentences of this world, no EOS text."""
+    """One answer of the writer, who never looks at gold: a leading space, sentences, no EOS text."""
     sentences = []
     draw = rng.random()
     if draw < OPENING_COURTEOUS:
@@ -183,9 +214,8 @@ def write_answer(facts: Iterable[Fact], rng: random.Random) -> str:
     if rng.random() < FILLER:
         sentences.append(rng.choice(FILLERS))
     for fact in facts:
-        values = ATTRIBUTES[fact[0]][2]
-        wrong = [value for value in values.values() if value != values[fact[1]]]
-        sentences.append(statement(fact, None if rng.random() < FACT_RIGHT else rng.choice(wrong)))
+        right, mistake = ATTRIBUTES[fact[0]][2][fact[1]]
+        sentences.append(statement(fact, right if rng.random() < FACT_RIGHT else mistake))
     if rng.random() < CLOSING_COURTEOUS:
         sentences.append(rng.choice(COURTEOUS_CLOSINGS))
     return " " + " ".join(sentences)

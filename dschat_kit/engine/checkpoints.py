@@ -11,18 +11,30 @@ from dschat_kit.runs import RunError, read_json, write_json
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
 
-def save_checkpoint(folder: Path, step: int, engines: dict[str, deepspeed.DeepSpeedEngine], state: dict, keep: int) -> None:
-    """Every rank calls it after `step` steps. A crash in between leaves the previous checkpoint valid."""
+def save_checkpoint(folder: Path, engines: dict[str, deepspeed.DeepSpeedEngine], keep: int, *, step: int, elapsed: float,
+                    state: dict) -> None:
+    """Every rank calls it after `step` steps and `elapsed` seconds. A crash in between leaves the previous checkpoint valid.
+
+    `state` is whatever JSON the stage needs to go on. Raises RunError when there is no room.
+    """
     main, name = dist.get_rank() == 0, f"step-{step:06d}"
     temporary = folder / f".{name}.tmp"
     if main:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left_over in folder.glob(".step-*.tmp"):
+            shutil.rmtree(left_over)
         temporary.mkdir(parents=True)
     dist.barrier()
-    for role, engine in engines.items():
-        engine.save_checkpoint(str(temporary / role), tag="state", exclude_frozen_parameters=False)
+    try:
+        for role, engine in engines.items():
+            engine.save_checkpoint(str(temporary / role), tag="state", exclude_frozen_parameters=False)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise RunError(f"cannot write {temporary}: {str(error).splitlines()[0]}\n  change: free space, or "
+                       "--set checkpoint.every_steps=0") from error
     if main:
-        write_json(temporary / "state.json", {"step": step, "world_size": dist.get_world_size(), **state})
+        write_json(temporary / "state.json", {"step": step, "world_size": dist.get_world_size(), "elapsed": elapsed,
+                                              "state": state})
     dist.barrier()
     if main:
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -34,7 +46,8 @@ def save_checkpoint(folder: Path, step: int, engines: dict[str, deepspeed.DeepSp
 
 
 def load_checkpoint(folder: Path, engines: dict[str, deepspeed.DeepSpeedEngine]) -> dict | None:
-    """State of the newest checkpoint after loading it into the engines; None when there is none."""
+    """What was saved beside the newest checkpoint, {"step", "elapsed", "state", ...}, after loading it into the engines;
+    None when there is none. Raises RunError when it is damaged or of another number of ranks."""
     if not (folder / "latest").exists():
         return None
     place = folder / read_json(folder / "latest")
@@ -44,5 +57,5 @@ def load_checkpoint(folder: Path, engines: dict[str, deepspeed.DeepSpeedEngine])
                        f"  change: --num-gpus {state['world_size']}, or --fresh")
     for role, engine in engines.items():
         if engine.load_checkpoint(str(place / role), tag="state")[0] is None:
-            raise RunError(f"{place / role} cannot be loaded\n  change: --fresh")
+            raise RunError(f"{place / role} is not there\n  change: --fresh")
     return state

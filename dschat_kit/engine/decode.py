@@ -3,7 +3,6 @@
 Shapes: B sequences, P prompt, A response tokens, V vocabulary.
 """
 
-import inspect
 from collections.abc import Callable
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dschat_kit.engine.rollout_types import KitBatch, KitRequest, KitSampling
-from dschat_kit.models.loading import model_inputs
+from dschat_kit.models.loading import accepts, model_inputs
 from dschat_kit.runs import RunError
 
 __all__ = ["decode", "row_uniforms", "sample_tokens"]
@@ -65,7 +64,7 @@ def decode(model: nn.Module, request: KitRequest, sampling: KitSampling, keep_go
     tokens = torch.full((B, A), sampling.pad_token_id, dtype=torch.long, device=device)
     logprobs, kept = torch.zeros(B, A, device=device), torch.zeros(B, A, dtype=torch.bool, device=device)
     running, cache, fed = torch.ones(B, dtype=torch.bool, device=device), None, request.prompt_ids
-    keep_last = {"logits_to_keep": 1} if _takes(model, "logits_to_keep") else {}
+    keep_last = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
     for step in range(A):
         inputs = model_inputs(model, fed, mask)
         if "position_ids" in inputs:
@@ -75,7 +74,7 @@ def decode(model: nn.Module, request: KitRequest, sampling: KitSampling, keep_go
         chosen, chosen_logprobs = sample_tokens(logits, None if uniforms is None else uniforms[:, step], sampling)
         _check_finite(chosen_logprobs, running, step)
         tokens[:, step] = torch.where(running, chosen, tokens[:, step])
-        logprobs[:, step] = chosen_logprobs * running
+        logprobs[:, step] = chosen_logprobs.masked_fill(~running, 0)
         kept[:, step] = running
         running = running & ~torch.isin(chosen, stops)
         if not keep_going(bool(running.any())):
@@ -86,10 +85,6 @@ def decode(model: nn.Module, request: KitRequest, sampling: KitSampling, keep_go
                     attention_mask=torch.cat([request.prompt_attention_mask.bool(), kept[:, :used]], dim=1),
                     response_start_idx=torch.full((B,), request.prompt_ids.shape[1], device=device),
                     response_mask=kept[:, :used], logprobs=logprobs[:, :used], finished=~running)
-
-
-def _takes(model: nn.Module, name: str) -> bool:
-    return name in inspect.signature(getattr(model, "module", model).forward).parameters
 
 
 def _check_finite(logprobs: Tensor, running: Tensor, step: int) -> None:

@@ -4,32 +4,42 @@ import deepspeed
 import torch
 from torch import nn
 
-from dschat_kit.config import Model, Zero
+from dschat_kit.config import Pipeline
 from dschat_kit.engine.ds_config import deepspeed_config
 
-__all__ = ["build_engine", "freeze", "learning_rate", "set_learning_rate"]
+__all__ = ["build_engine", "freeze", "grad_norm", "learning_rate", "set_learning_rate"]
 
 
-def build_engine(model: nn.Module, zero: Zero, settings: Model, *, lr: float, batch_size: int, micro_batch_size: int,
-                 world_size: int, grad_clip: float, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.95),
-                 eps: float = 1e-8) -> deepspeed.DeepSpeedEngine:
-    """A training engine; one optimiser step is batch_size rows over all ranks, micro_batch_size at a time on each."""
+def build_engine(model: nn.Module, pipeline: Pipeline, *, lr: float, batch_size: int, micro_batch_size: int,
+                 world_size: int, grad_clip: float, weight_decay: float = 0.0, eps: float = 1e-8) -> deepspeed.DeepSpeedEngine:
+    """A training engine of the weights that require gradients; one optimiser step is batch_size rows over all ranks,
+    micro_batch_size at a time on each."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-    config = deepspeed_config(zero, settings.dtype, micro_batch_size=micro_batch_size,
-                              accumulation=batch_size // (micro_batch_size * world_size), grad_clip=grad_clip)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=weight_decay, fused=True)
+    config = deepspeed_config(pipeline.zero, pipeline.model.dtype, micro_batch_size=micro_batch_size, grad_clip=grad_clip,
+                              accumulation=batch_size // (micro_batch_size * world_size))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=parameters, config=config)
+    if engine.zero_optimization_stage() == 0 and pipeline.model.dtype == "fp32":
+        def clip() -> None:  # as DeepSpeed's own in this case, which forgets the norm
+            engine._global_grad_norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
+        engine.clip_fp32_gradients = clip
     return engine
 
 
-def freeze(model: nn.Module, zero: Zero, settings: Model, device: torch.device) -> nn.Module:
+def freeze(model: nn.Module, pipeline: Pipeline, device: torch.device) -> nn.Module:
     """A model that is only read. Under ZeRO-3 it is sharded like the trained ones; below, it stays a plain module."""
     model.requires_grad_(False).eval()
-    if zero.stage < 3:
+    if pipeline.zero.stage < 3:
         return model.to(device)
-    config = deepspeed_config(zero, settings.dtype, micro_batch_size=1, accumulation=1, grad_clip=1.0)
+    config = deepspeed_config(pipeline.zero, pipeline.model.dtype, micro_batch_size=1, accumulation=1, grad_clip=1.0)
     engine, *_ = deepspeed.initialize(model=model, config=config)
-    return engine.eval()
+    engine.eval()
+    return engine
+
+
+def grad_norm(engine: deepspeed.DeepSpeedEngine) -> float:
+    """Norm of all gradients of the last optimiser step, before clipping."""
+    return float(engine.get_global_grad_norm())
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:

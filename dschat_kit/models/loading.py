@@ -6,17 +6,23 @@ Shapes: B sequences, T prompt + response, A response tokens, V vocabulary.
 import inspect
 import os
 import shutil
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dschat_kit.config import ConfigError, Model
+from dschat_kit.data.tokenizer import pad_id_of
 from dschat_kit.runs import RunError
 
-__all__ = ["DTYPES", "check_length", "load_causal_lm", "load_config", "model_inputs", "response_logits", "save_folder"]
+__all__ = ["DTYPES", "accepts", "check_length", "load_causal_lm", "load_config", "load_pretrained", "model_inputs",
+           "quiet_loading", "response_logits", "save_folder"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CAUSAL = ("ForCausalLM", "LMHeadModel")
 
 
 def load_config(source: str | Path):
@@ -25,13 +31,30 @@ def load_config(source: str | Path):
     try:
         config = AutoConfig.from_pretrained(str(source))
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model.name: got {str(source)!r}, which cannot be loaded: {str(error).splitlines()[0]}\n"
+        raise ConfigError(f"model.name: got {str(source)!r}, which cannot be loaded: {_first_line(error)}\n"
                           "  expected: `scratch`, a model folder or the name of a model on a reachable Hub\n"
                           "  change:   --set model.name=PATH (`dschat fetch-model smollm2-135m` makes one)") from error
     for name, value in list(vars(config).items()):
-        if ("drop" in name or "pdrop" in name) and isinstance(value, float):
+        if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
+
+
+def load_pretrained(auto_class, source: str | Path, config, settings: Model, expected: str) -> tuple[nn.Module, list[str]]:
+    """(model in `settings.dtype`, names of the weights that the folder does not hold).
+
+    Raises ConfigError with `expected` when the folder does not fit the class or its weights are damaged.
+    """
+    try:
+        with quiet_loading():
+            model, info = auto_class.from_pretrained(str(source), config=config, dtype=DTYPES[settings.dtype],
+                                                     output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"model.name: {str(source)!r} cannot be used: {_first_line(error)}\n"
+                          f"  expected: {expected}\n  change:   --set model.name=PATH") from error
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model, sorted(info["missing_keys"])
 
 
 def load_causal_lm(source: str | Path, settings: Model, tokenizer, seed: int) -> nn.Module:
@@ -43,30 +66,22 @@ def load_causal_lm(source: str | Path, settings: Model, tokenizer, seed: int) ->
     if str(source) == "scratch":
         model = _from_scratch(settings, tokenizer, seed)
     else:
-        config = load_config(source)
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                str(source), config=config, dtype=DTYPES[settings.dtype], output_loading_info=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"model.name: {str(source)!r} is no causal language model: {str(error).splitlines()[0]}\n"
-                              "  expected: a folder with the weights of a causal language model\n"
-                              "  change:   --set model.name=PATH") from error
-        if info["missing_keys"] or getattr(config, "is_encoder_decoder", False):
+        config, expected = load_config(source), "the folder or Hub name of a causal language model"
+        kinds = [name for name in getattr(config, "architectures", None) or [] if "For" in name]
+        if kinds and not any(name.endswith(CAUSAL) for name in kinds):
+            raise ConfigError(f"model.name: {str(source)!r} is no causal language model but {', '.join(kinds)}\n"
+                              f"  expected: {expected}\n  change:   --set model.name=PATH")
+        model, missing = load_pretrained(AutoModelForCausalLM, source, config, settings, expected)
+        if missing:
             raise ConfigError(f"model.name: {str(source)!r} is no causal language model: it has no weights for "
-                              f"{', '.join(sorted(info['missing_keys'])[:3]) or 'a decoder alone'}\n  change: --set model.name=PATH")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise ConfigError(f"model.name: {str(source)!r} has {model.get_input_embeddings().num_embeddings} embeddings\n"
-                          f"  expected: at least the tokenizer's {len(tokenizer)}\n  change:   the tokenizer or the model")
+                              f"{', '.join(missing[:3])}\n  expected: {expected}\n  change:   --set model.name=PATH")
+    embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        raise ConfigError(f"model.name: {str(source)!r} has {embeddings} embeddings\n  expected: at least the tokenizer's "
+                          f"{len(tokenizer)}\n  change:   the tokenizer or the model")
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = model.config.pad_token_id = _pad(tokenizer)
-    model.config.use_cache = True
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+    model.generation_config.pad_token_id = model.config.pad_token_id = pad_id_of(tokenizer)
     return model
-
-
-def _pad(tokenizer) -> int:
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def _from_scratch(settings: Model, tokenizer, seed: int) -> nn.Module:
@@ -76,10 +91,13 @@ def _from_scratch(settings: Model, tokenizer, seed: int) -> nn.Module:
         num_hidden_layers=settings.layers, num_attention_heads=settings.heads, num_key_value_heads=settings.heads,
         head_dim=settings.hidden_size // settings.heads, intermediate_size=settings.intermediate_size,
         initializer_range=settings.initializer_range, tie_word_embeddings=True, max_position_embeddings=1024,
-        pad_token_id=_pad(tokenizer), eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
+        pad_token_id=pad_id_of(tokenizer), eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=DTYPES[settings.dtype])
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[settings.dtype])
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
 
 
 def check_length(config, tokens: int) -> None:
@@ -87,21 +105,33 @@ def check_length(config, tokens: int) -> None:
     limit = getattr(config, "max_position_embeddings", None)
     if limit and tokens > limit:
         raise ConfigError(f"data.max_prompt_tokens and the response make {tokens} tokens\n  expected: at most {limit}, the "
-                          "model's positions\n  change:   --set data.max_prompt_tokens=... sampling.max_new_tokens=...")
+                          "model's positions\n  change:   --set data.max_prompt_tokens=... data.max_response_tokens=... "
+                          "sampling.max_new_tokens=...")
+
+
+def accepts(model: nn.Module, name: str) -> bool:
+    """Whether the forward pass of a model, or of the model in an engine, takes an argument of that name."""
+    return name in _forward_parameters(type(getattr(model, "module", model)))
+
+
+@cache
+def _forward_parameters(model_class: type) -> frozenset[str]:
+    return frozenset(inspect.signature(model_class.forward).parameters)
 
 
 def model_inputs(model: nn.Module, sequences: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
     """Keyword arguments of a forward pass. Positions count real tokens only, so left padding changes nothing."""
     inputs = {"input_ids": sequences, "attention_mask": attention_mask}
-    if "position_ids" in inspect.signature(getattr(model, "module", model).forward).parameters:
+    if accepts(model, "position_ids"):
         inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     return inputs
 
 
 def response_logits(model: nn.Module, sequences: Tensor, attention_mask: Tensor, response_length: int) -> Tensor:
     """(B, A, V) logits that predict the last `response_length` tokens; no other position is projected to V."""
-    inputs = model_inputs(model, sequences, attention_mask)
-    return model(**inputs, use_cache=False, logits_to_keep=response_length + 1).logits[:, :-1]
+    keep = {"logits_to_keep": response_length + 1} if accepts(model, "logits_to_keep") else {}
+    logits = model(**model_inputs(model, sequences, attention_mask), use_cache=False, **keep).logits
+    return logits[:, -response_length - 1:-1]
 
 
 def save_folder(model: nn.Module, tokenizer, folder: Path, state_dict: dict | None = None) -> None:
@@ -109,11 +139,32 @@ def save_folder(model: nn.Module, tokenizer, folder: Path, state_dict: dict | No
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.save_pretrained(temporary, state_dict=state_dict)
+        with quiet_loading():
+            model.save_pretrained(temporary, state_dict=state_dict)
         tokenizer.save_pretrained(temporary)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(f"cannot write {folder}: {error.strerror or error}\n  change: free space or --run-root") from error
+        raise RunError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}\n"
+                       "  change: free space or --run-root") from error
+
+
+@contextmanager
+def quiet_loading():
+    """Without transformers' progress bars and its lists of weights that are new: who loads says what is wrong."""
+    from transformers.utils import logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

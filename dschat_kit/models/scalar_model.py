@@ -1,6 +1,7 @@
 """A backbone with a scalar head: `values` for the critic, `scores` for the reward model.
 
-It is transformers' own sequence classifier inside, so that an exported reward model loads in plain transformers.
+It is transformers' own sequence classifier inside, so that an exported reward model loads in plain transformers:
+score = (logit - config.score_shift) * config.score_scale.
 """
 
 from pathlib import Path
@@ -9,15 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from dschat_kit.config import ConfigError, Model
-from dschat_kit.models.loading import DTYPES, load_config, model_inputs
+from dschat_kit.models.loading import load_config, load_pretrained, model_inputs
 
-__all__ = ["ScalarModel", "last_token", "load_scalar_model"]
+__all__ = ["ScalarModel", "last_token", "load_scalar_model", "response_values"]
 
 
 def last_token(values: Tensor, attention_mask: Tensor) -> Tensor:
     """(B,) the entry of `values` (B, T) at the last real token of each sequence, wherever padding stands."""
-    width = attention_mask.shape[1]
-    positions = torch.arange(width, device=values.device).expand_as(attention_mask)
+    positions = torch.arange(attention_mask.shape[1], device=values.device).expand_as(attention_mask)
     last = positions.masked_fill(~attention_mask, -1).amax(1)
     return values.gather(1, last.clamp(min=0)[:, None]).squeeze(1)
 
@@ -38,31 +38,33 @@ class ScalarModel(nn.Module):
         return (self.classifier.score(hidden).squeeze(-1).float() - self.shift) * self.scale
 
     def normalise(self, shift: float, scale: float) -> None:
-        """From now on scores are moved by -shift and multiplied by scale, on top of what holds already; kept in config.json."""
+        """From now on scores are moved by -shift, then multiplied by scale, on top of what holds already; config.json
+        keeps it."""
         self.shift, self.scale = self.shift + shift / self.scale, self.scale * scale
         self.classifier.config.score_shift, self.classifier.config.score_scale = self.shift, self.scale
 
 
+def response_values(critic: nn.Module, sequences: Tensor, attention_mask: Tensor, response_length: int) -> Tensor:
+    """(B, A) values before each of the last `response_length` tokens: V(s_t) is read where token t is predicted."""
+    return critic(sequences, attention_mask)[:, -response_length - 1:-1]
+
+
 def load_scalar_model(source: str | Path, settings: Model, seed: int, new_head: bool) -> ScalarModel:
     """A scalar model from a folder. `new_head` draws the head from N(0, 1/(d+1)) (Stiennon et al. 2020) over any
-    causal model's backbone; otherwise the folder must hold a trained head."""
+    causal model's backbone; otherwise the folder must hold a trained head. Raises ConfigError for another folder."""
     from transformers import AutoModelForSequenceClassification
-    config = load_config(source)
+    config, expected = load_config(source), "a whole model folder of a family with a sequence classifier in transformers"
     config.num_labels = 1
-    try:
-        classifier, info = AutoModelForSequenceClassification.from_pretrained(
-            str(source), config=config, dtype=DTYPES[settings.dtype], output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{source}: no scalar head can be put on this model: {str(error).splitlines()[0]}\n"
-                          "  expected: a family with a sequence classifier in transformers") from error
-    missing = sorted(key for key in info["missing_keys"] if not (new_head and key.startswith("score.")))
-    if missing:
-        raise ConfigError(f"{source}: has no weights for {', '.join(missing[:3])}\n  expected: a whole model folder")
+    if config.pad_token_id == config.eos_token_id:
+        config.pad_token_id = None  # plain transformers would read the score before EOS, taking EOS for padding
+    classifier, missing = load_pretrained(AutoModelForSequenceClassification, source, config, settings, expected)
+    missing = [name for name in missing if not (new_head and name.startswith("score."))]
+    if missing or not hasattr(classifier, "score"):
+        raise ConfigError(f"{source}: has no weights for {', '.join(missing[:3]) or 'a head named score'}\n"
+                          f"  expected: {expected}\n  change:   --set model.name=PATH")
     if new_head:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             width = classifier.score.weight.shape[1]
             classifier.score.weight.copy_(torch.randn(1, width) * (width + 1) ** -0.5)
-    if settings.gradient_checkpointing:
-        classifier.gradient_checkpointing_enable()
     return ScalarModel(classifier)

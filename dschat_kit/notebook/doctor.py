@@ -22,7 +22,8 @@ from dschat_kit.notebook.diagnosis import run_checks
 
 __all__ = ["Check", "as_dict", "machine_checks", "render", "run_checks", "worst"]
 
-CONSTRAINTS = Path(__file__).resolve().parents[2] / "env" / "constraints.txt"
+CHECKOUT = Path(__file__).resolve().parents[2]
+CONSTRAINTS = CHECKOUT / "env" / "constraints.txt"
 SETUP = "bash env/setup.sh"
 
 # A line of JSON after each step, so that a crash tells how far it came.
@@ -41,7 +42,7 @@ print("\\n" + json.dumps({"deepspeed": deepspeed.__version__}))
 """
 
 
-def machine_checks(run_root: Path = Path("runs"), *, timeout: float = 180.0) -> list[Check]:
+def machine_checks(run_root: Path = CHECKOUT / "runs", *, timeout: float = 180.0) -> list[Check]:
     """All checks of this machine; about 10 s, nearly all of it the import of torch and DeepSpeed.
 
     `run_root` is where runs will be written; `timeout` in seconds bounds the imports.

@@ -47,10 +47,11 @@ class Watch:
         self.bar = self.note = None
         if "DSCHAT_HEADLESS" not in os.environ:
             from ipywidgets import FloatProgress, HBox, Label
-            self.bar, self.note = FloatProgress(min=0, max=1), Label(self.follow.poll().text())
+            self.bar = FloatProgress(min=0, max=1, layout={"flex": "0 0 300px"})
+            self.note = Label(self.follow.poll().text())
             display(HBox([self.bar, self.note]))
         self.handle = DisplayHandle()
-        self.handle.display({"text/plain": self.follow.poll().text()}, raw=True)
+        self.handle.display(self._words(self.follow.poll()), raw=True)
 
     def _work(self) -> None:
         try:
@@ -79,7 +80,11 @@ class Watch:
             data, metadata = plots.bundle(FIGURES[look.stage](self.follow.run))
             self.handle.update(data, metadata=metadata, raw=True)
         else:
-            self.handle.update({"text/plain": look.text()}, raw=True)
+            self.handle.update(self._words(look), raw=True)
+
+    def _words(self, look: Snapshot) -> dict:
+        """Where there is no picture yet: the text, which a widget beside it says already while the job runs."""
+        return {"text/plain": look.text() if self.bar is None or look.state in ENDED else ""}
 
 
 def watch(place, every: float = 3.0) -> Watch:

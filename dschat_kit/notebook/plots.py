@@ -6,6 +6,7 @@ gives a figure that says so. `figure.get_label()` is a text for those who cannot
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from dschat_kit.metrics import read_metrics
 from dschat_kit.notebook.show import bundle, png, samples_table, show
@@ -31,10 +32,10 @@ def reward_training(run) -> Figure:
     """Loss, accuracy (share of pairs where the chosen answer scores higher) and margin of the reward model."""
     figure, (loss, accuracy, margin) = _figure(3)
     rows = _metrics(run)
-    _lines(loss, rows, ("loss", BLUE, "-", "training"))
+    _lines(loss, rows, ("loss", BLUE, "-", "batch"))
     _label(loss, STEP, "pairwise loss (nats)")
     _draw_accuracy(accuracy, rows, _result(run))
-    _lines(margin, rows, ("margin", GREEN, "-", "training"))
+    _lines(margin, rows, ("margin", GREEN, "-", "batch"))
     _label(margin, STEP, "score of chosen - rejected")
     label = f"Reward model: {len(rows)} steps, last accuracy {_last(rows, 'eval_accuracy', 'accuracy'):.2f}"
     return _named(figure, label if rows else "Reward model: no step yet")
@@ -69,6 +70,8 @@ def ppo_curves(run) -> Figure:
     _lines(clipped, [{**row, "percent": 100 * (row.get("clip_fraction") or 0)} for row in rows],
            ("percent", PINK, "-", ""))
     _label(clipped, "rollout", "clipped ratios (%)")
+    for axes in (length, clipped) if rows else ():
+        axes.set_ylim(bottom=0)  # else a few tenths of a token look like a change
     label = f"PPO: {len(rows)} rollouts, last score {_last(rows, 'score_mean'):.3g}, KL {_last(rows, 'kl'):.3g}"
     return _named(figure, label if rows else "PPO: no rollout yet")
 
@@ -230,28 +233,37 @@ def _points(rows: list[dict], key: str) -> tuple[list, list]:
 
 
 def _lines(axes, rows: list[dict], *curves) -> None:
-    """Draw curves (key, colour, line style, label); few points get a marker."""
+    """Draw curves (key, colour, line style, label); few points get a marker, many become dots and their running mean."""
     if not rows:
         _empty(axes.figure, axes)
     for key, colour, style, label in curves:
         steps, values = _points(rows, key)
-        noisy = label == "training batch" and len(curves) > 1
-        axes.plot(steps, values, color=colour, linestyle=style, label=label or None, linewidth=1.1 if noisy else 1.8,
-                  alpha=0.7 if noisy else 1, marker="o" if len(steps) <= 30 else "", markersize=4)
+        if len(steps) > 100:
+            axes.scatter(steps, values, 3, color=colour, alpha=0.35, linewidths=0)
+            half = len(steps) // 80
+            values = [sum(near) / len(near) for i in range(len(steps)) if (near := values[max(0, i - half):i + half + 1])]
+            label += label and f" (mean of {2 * half + 1})"
+        axes.plot(steps, values, color=colour, linestyle=style, label=label or None, linewidth=1.8,
+                  marker="o" if len(steps) <= 30 else "", markersize=4)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    if rows and any(label for *_, label in curves) and len(curves) > 1:
+    if rows and any(label for *_, label in curves):
         axes.legend(frameon=False, fontsize=9)
 
 
 def _draw_sft(axes, rows: list[dict]) -> None:
-    _lines(axes, rows, ("loss", BLUE, "-", "training batch"), ("eval_loss", ORANGE, "--", "held out"))
+    _lines(axes, rows, ("loss", BLUE, "-", "batch"), ("eval_loss", ORANGE, "--", "held out"))
+    low, high = min(values := [v for key in ("loss", "eval_loss") for v in _points(rows, key)[1]] or [1]), max(values)
+    if 0 < 4 * low < high:  # so that the plateau after a steep fall can be read
+        axes.set_yscale("log", subs=[])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
     _label(axes, STEP, "loss (nats per token)")
 
 
 def _draw_accuracy(axes, rows: list[dict], result: dict) -> None:
     percent = [{"step": row["step"], **{key: 100 * row[key] for key in ("accuracy", "eval_accuracy")
                                         if isinstance(row.get(key), (int, float))}} for row in rows]
-    _lines(axes, percent, ("accuracy", BLUE, "-", "training batch"), ("eval_accuracy", ORANGE, "--", "held out"))
+    _lines(axes, percent, ("accuracy", BLUE, "-", "batch"), ("eval_accuracy", ORANGE, "--", "held out"))
     _label(axes, STEP, "pairs ranked right (%)")
     if rows:
         axes.axhline(50, color=GREY, linestyle=":", linewidth=1.5, label="guessing")

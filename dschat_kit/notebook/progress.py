@@ -32,8 +32,10 @@ class Snapshot:
             return f"{self.stage}: waiting for it to start"
         parts = [self.stage, f"step {self.step}/{self.total}" if self.total else ""]
         parts += [f"{name} {value:.4g}" for name, value in self.numbers.items()]
-        parts += [self.state if self.state != "running" else f"about {clock(self.eta)} left" if self.eta else ""]
-        return "  ".join(part for part in parts if part) + (f": {self.error}" if self.error else "")
+        running = f"about {clock(self.eta)} left" if self.eta else "" if self.step else "starting"
+        parts += [running if self.state == "running" else self.state]
+        error = f": {self.error}" if self.error and self.error != self.state else ""
+        return "  ".join(part for part in parts if part) + error
 
     @property
     def fraction(self) -> float:
@@ -56,6 +58,7 @@ class Follow:
         self.tails = {run.stage: MetricsTail(run.metrics_path) for run in self.runs}
         self.numbers: dict[str, dict] = {run.stage: {} for run in self.runs}
         self.run, self.over, self.news, self.idle_since = self.runs[0], False, False, None
+        self.first: dict[tuple, tuple[float, int]] = {}  # of a stage's start: when the first step was seen, and which
 
     def poll(self) -> Snapshot:
         """Look at the files and return what they say now."""
@@ -66,11 +69,17 @@ class Follow:
             self.numbers[stage] |= {key: row[key] for key in SHOWN.get(stage, ())
                                     if isinstance(row.get(key), (int, float))}
         step, total = status.get("step") or 0, status.get("total") or 0
-        spent = time.time() - status.get("started", time.time())
-        eta = spent / step * (total - step) if state == "running" and 0 < step <= total else None
+        eta = self._eta(status, step, total) if state == "running" and 0 < step <= total else None
         self.news = status.get("updated") != self.before[stage]
         self.over = self._over(state)
         return Snapshot(stage, state, step, total, eta, dict(self.numbers[stage]), status.get("error"))
+
+    def _eta(self, status: dict, step: int, total: int) -> float:
+        """Seconds left at the pace seen so far; at the first look that of the whole stage, its slow start included."""
+        started, now = status.get("started", time.time()), time.time()
+        since, before = self.first.setdefault((self.run.stage, started), (now, step))
+        seen = step > before and now > since
+        return ((now - since) / (step - before) if seen else (now - started) / step) * (total - step)
 
     @staticmethod
     def _state(run: StageRun, status: dict) -> str:

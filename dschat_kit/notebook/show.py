@@ -33,10 +33,13 @@ def samples_table(run, n: int = 6) -> Table:
     cell = '<td style="text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere">{}</td>'
     lines, body = [], ""
     for pair in chosen:
-        texts = [pair["before"]["prompt"].strip()]
-        texts += [f"{pair[phase]['response'].strip() or '(nothing)'}\n{_scores(pair[phase])}"
-                  for phase in ("before", "after")]
-        body += "<tr>" + "".join(cell.format(html.escape(text)) for text in texts) + "</tr>"
+        texts = [_asked(pair["before"]["prompt"])]
+        body += "<tr>" + cell.format(html.escape(texts[0]))
+        for phase in ("before", "after"):
+            said, scores = pair[phase]["response"].strip() or "(nothing)", _scores(pair[phase])
+            texts.append(f"{said}\n{scores}")
+            body += cell.format(f'{html.escape(said)}<br><small style="opacity:0.7">{html.escape(scores)}</small>')
+        body += "</tr>"
         lines += [f"{name:7} {text}".replace("\n", "\n        ") for name, text in zip(
             ("prompt", "before", "after"), texts, strict=True)] + [""]
     head = "".join(f'<th style="text-align:left">{name}</th>' for name in ("prompt", "before PPO", "after PPO"))
@@ -65,6 +68,12 @@ def show(figure: Figure, alt: str = "") -> None:
     from IPython.display import display
     data, metadata = bundle(figure, alt)
     display(data, metadata=metadata, raw=True)
+
+
+def _asked(prompt: str) -> str:
+    """The dialogue without its last line, where that only names who speaks next."""
+    dialogue, _, last = prompt.strip().rpartition("\n")
+    return dialogue.strip() if dialogue and last.endswith(":") else prompt.strip()
 
 
 def _scores(row: dict) -> str:

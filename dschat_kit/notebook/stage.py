@@ -2,16 +2,18 @@
 
 import os
 import shlex
+import signal
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from dschat_kit.config import STAGES, ConfigError, Pipeline
-from dschat_kit.machine import detect, resolve
+from dschat_kit.machine import checkout, detect, resolve
 from dschat_kit.presets import get_preset
-from dschat_kit.runs import RunError, StageRun, open_run, prepare_stage
+from dschat_kit.runs import RunError, StageRun, open_run, prepare_stage, stage_hash
 
-__all__ = ["Begun", "begin", "begin_cell", "cell_configuration", "configuration"]
+__all__ = ["Begun", "begin", "begin_cell", "cell_configuration", "check", "configuration"]
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,30 @@ class Begun:
 
 
 def configuration(preset: str | None, run_root: str | Path | None, overrides=()) -> tuple[str, Path, Pipeline]:
-    """(preset, run root, resolved pipeline). Without a preset and without overrides an existing run keeps its own."""
-    root = Path(run_root or Path("runs") / (preset or "tiny")).absolute()
-    if preset is None:
-        for stage in reversed(STAGES):
-            run = open_run(root, stage)
-            if (run.path / "config.json").exists():
-                return run.config["preset"], root, run.pipeline.with_overrides(overrides)
-    preset = preset or "tiny"
-    return preset, root, resolve(get_preset(preset).with_overrides(overrides))
+    """(preset, run root, resolved pipeline). Without a preset an existing run keeps its own configuration."""
+    root = Path(run_root or checkout() / "runs" / (preset or "tiny")).absolute()
+    runs = [open_run(root, stage) for stage in reversed(STAGES)]
+    known = [run for run in runs if (run.path / "config.json").exists()]
+    if preset is None and known:
+        preset, pipeline = known[0].config["preset"], known[0].pipeline
+    else:
+        preset = preset or "tiny"
+        pipeline = get_preset(preset)
+    return preset, root, resolve(pipeline.with_overrides(overrides))
+
+
+def check(pipeline: Pipeline, stages: tuple[str, ...], num_gpus: int | None) -> int:
+    """What can be checked before a folder is touched; returns the number of ranks. Raises ConfigError or RunError."""
+    machine = detect()
+    ranks, gpus = num_gpus or machine.default_ranks, machine.devices if machine.accelerator == "cuda" else 0
+    if ranks < 1 or gpus and ranks > gpus:
+        allowed = f"1 to {gpus}, the GPUs of this machine" if gpus else "1 or more"
+        raise ConfigError(f"--num-gpus: got {ranks}\n  expected: {allowed}\n"
+                          f"  change:   --num-gpus {machine.default_ranks}")
+    for stage in stages:
+        pipeline.check_ranks(stage, ranks)
+    stage_hash(pipeline, "data")  # reads the local sources
+    return ranks
 
 
 def begin(stage: str, preset: str, root: Path, pipeline: Pipeline, *, resume: str = "never", fresh: bool = False,
@@ -49,12 +66,7 @@ def begin(stage: str, preset: str, root: Path, pipeline: Pipeline, *, resume: st
 
     Raises ConfigError or RunError, each with what was got, what is expected and what to change.
     """
-    machine = detect()
-    ranks = num_gpus or machine.default_ranks
-    if ranks < 1 or (machine.accelerator == "cuda" and ranks > machine.devices):
-        raise ConfigError(f"--num-gpus: got {ranks}\n  expected: 1 to {machine.devices}, the GPUs of this machine\n"
-                          "  change:   --num-gpus")
-    pipeline.check_ranks(stage, ranks)
+    ranks = check(pipeline, (stage,), num_gpus)
     run, action = prepare_stage(root, stage, pipeline, preset=preset, resume=resume, fresh=fresh)
     return Begun(run, action, ranks)
 
@@ -64,19 +76,17 @@ def cell_configuration(preset: str, run_root: str, set_: str | None) -> tuple[st
 
     `set_=None` keeps the configuration of a run that exists.
     """
-    root = Path(run_root or f"runs/{preset}")
-    if not root.is_absolute():
-        root = Path(__file__).resolve().parents[2] / root
+    root = checkout() / (run_root or f"runs/{preset}")
     known = any((root / stage / "config.json").exists() for stage in STAGES)
     return configuration(None if set_ is None and known else preset, root, shlex.split(set_ or ""))
 
 
 def begin_cell(stage: str, *, preset: str, run_root: str, set_: str | None, launch: str, num_gpus: int, resume: str,
                fresh: bool) -> StageRun:
-    """`begin` for a notebook: puts RUN, NUM_GPUS, RESUME and TRAIN (yes | no) into the environment of the `%%bash` cells.
+    """`begin` for a notebook: RUN, NUM_GPUS, RESUME and TRAIN (yes | no) for the environment of its `%%bash` cells.
 
-    launch `auto` trains what is missing and shows what is there; `never` only shows. `set_=None` keeps the configuration
-    of a run that exists.
+    launch `auto` trains what is missing and shows what is there; `never` only shows. `set_=None` keeps the
+    configuration of a run that exists.
     """
     if launch not in ("auto", "never"):
         raise ConfigError(f"launch: got {launch!r}\n  expected: auto | never\n  change:   the parameters cell")
@@ -88,6 +98,7 @@ def begin_cell(stage: str, *, preset: str, run_root: str, set_: str | None, laun
         begun = Begun(run, "reuse", num_gpus)
     else:
         begun = begin(stage, preset, root, pipeline, resume=resume, fresh=fresh, num_gpus=num_gpus)
+    _short_cell_errors()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     os.environ |= {"PATH": path, "RUN": str(begun.run.path), "NUM_GPUS": str(begun.ranks),
                    "TRAIN": "no" if begun.action == "reuse" else "yes",
@@ -95,3 +106,19 @@ def begin_cell(stage: str, *, preset: str, run_root: str, set_: str | None, laun
     print({"reuse": f"{stage}: finished before, shown as it is", "train": f"{stage}: will be made in",
            "resume": f"{stage}: goes on from its newest checkpoint in"}[begun.action], f"({begun.run.path})")
     return begun.run
+
+
+def _short_cell_errors() -> None:
+    """A `%%bash` cell that fails says so in a line: IPython's traceback repeats the cell, and stumbles over an interrupt."""
+    if "IPython" not in sys.modules or (shell := sys.modules["IPython"].get_ipython()) is None:
+        return
+
+    def short(shell, kind, error, _trace, tb_offset=None):
+        interrupted = error.returncode is None
+        if interrupted:
+            error.returncode = -signal.SIGINT  # IPython leaves None, which str(error) cannot format
+        text = "interrupted: its processes end within seconds; resume = \"auto\" goes on with a training" \
+            if interrupted else f"the cell ended with exit code {error.returncode}"
+        shell._showtraceback(kind, error, [f"{kind.__name__}: {text}"])
+
+    shell.set_custom_exc((subprocess.CalledProcessError,), short)

@@ -29,16 +29,17 @@ def table(rows: list[dict], wide: bool = True) -> Table:
 
 
 def browse(rows: Sequence[dict], columns: tuple[str, ...] = ("sample_id", "prompt", "chosen", "rejected")):
-    """A slider over records; without a front end the first three as a table."""
+    """A slider over records (its number can be typed too); without a front end the first three as a table."""
     def record(number: int) -> Table:
         row = rows[int(number)]
-        return table([{"column": name, "text": row[name]} for name in columns if name in row], wide=False)
+        return table([{"column": name, "text": str(row[name]).strip()} for name in columns if name in row], wide=False)
 
     if "DSCHAT_HEADLESS" in os.environ:
-        return table([{name: rows[i][name] for name in columns if name in rows[i]} for i in range(min(3, len(rows)))])
+        first = [rows[i] for i in range(min(3, len(rows)))]
+        return table([{name: str(row[name]).strip() for name in columns if name in row} for row in first])
     from IPython.display import display
     from ipywidgets import IntSlider, interactive_output
-    slider = IntSlider(0, 0, len(rows) - 1, description="record")
+    slider = IntSlider(0, 0, len(rows) - 1, description="record", layout={"width": "60%"})
     display(slider, interactive_output(lambda number: display(record(number)), {"number": slider}))
     return None
 

@@ -1,6 +1,7 @@
 """Experience: everything that one rollout hands to the PPO updates, named and shape-checked."""
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,17 @@ class Experience:
     def __len__(self) -> int:
         return self.sequences.shape[0]
 
+    @property
+    def responses(self) -> Tensor:
+        """(B, A) the response tokens: the last A columns of the sequences."""
+        return self.sequences[:, -self.response_mask.shape[1]:]
+
     def select(self, rows) -> "Experience":
         """The same experience for some of its rows."""
         index = torch.as_tensor(rows, device=self.sequences.device)
         return Experience(**{f.name: getattr(self, f.name)[index] for f in dataclasses.fields(self)})
+
+    def split(self, size: int) -> "Iterator[Experience]":
+        """Consecutive parts of at most `size` rows."""
+        for start in range(0, len(self), size):
+            yield self.select(range(start, min(start + size, len(self))))

@@ -2,6 +2,7 @@
 of all ranks."""
 
 import resource
+import time
 
 import torch
 
@@ -10,7 +11,34 @@ from dschat_kit.rlhf.experience import Experience
 from dschat_kit.rlhf.rewards import kl_estimates, masked_moments
 from dschat_kit.rlhf.rollout import Scored
 
-__all__ = ["rollout_metrics", "summary"]
+__all__ = ["Clock", "add_metrics", "rollout_metrics", "summary"]
+
+
+class Clock:
+    """Seconds of the parts of an iteration."""
+
+    def __init__(self):
+        self.seconds, self._last = {}, time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Everything since the last lap belongs to `name`."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[name], self._last = now - self._last, now
+
+    def row(self, session, row: dict) -> dict:
+        """The metrics of time, as the slowest rank saw them; tokens_per_second counts response tokens of all ranks."""
+        seconds = dict(zip(self.seconds, session.largest(*self.seconds.values()), strict=True))
+        return {f"seconds_{name}": value for name, value in seconds.items()} | {
+            "tokens_per_second": row["tokens"] / sum(seconds.values())}
+
+
+def add_metrics(totals: dict[str, float], metrics: dict) -> dict[str, float]:
+    """Sums of the parts that micro batches contribute to a mean; of `ratio_max` the largest."""
+    found = {name: float(value) for name, value in metrics.items()}
+    return {name: max(totals.get(name, 0.0), value) if name == "ratio_max" else totals.get(name, 0.0) + value
+            for name, value in found.items()}
 
 
 def rollout_metrics(session, experience: Experience, scored: Scored, batch: KitBatch, updates: list[dict]) -> dict:

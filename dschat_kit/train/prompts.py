@@ -11,7 +11,7 @@ from dschat_kit.data.sources import gold_of
 from dschat_kit.data.splits import epoch_order
 from dschat_kit.engine.rollout_types import KitBatch, KitRequest, KitSampling
 from dschat_kit.rlhf.rewards import kl_estimates
-from dschat_kit.rlhf.rollout import Scored, score_responses
+from dschat_kit.rlhf.rollout import Roles, Scored, score_responses
 
 __all__ = ["Prompts", "PromptFeed", "evaluate", "sample_lines", "sampling_of"]
 
@@ -31,7 +31,7 @@ class PromptFeed:
         texts = rows.table["prompt"]
         keep = sorted({text: i for i, text in reversed(list(enumerate(texts)))}.values()) if unique else range(len(rows))
         self.rows, self.keep, self.seed, self.pad_id, self.session = rows, np.asarray(keep), seed, pad_id, session
-        self.count = min(batch_size, len(self.keep)) if unique else batch_size
+        self.count = batch_size
         self.unique = unique
 
     def at(self, step: int) -> Prompts:
@@ -39,7 +39,7 @@ class PromptFeed:
         world, size = self.session.world_size, -(-self.count // self.session.world_size) * self.session.world_size
         places = np.arange(step * size, (step + 1) * size)
         if self.unique:
-            picks = places % self.count
+            picks = places % len(self.keep)  # more answers than prompts: several of each, with other random numbers
         else:
             picks = np.array([epoch_order(len(self.keep), self.seed, p // len(self.keep))[p % len(self.keep)] for p in places])
         mine = rank_share(np.arange(size), self.session.rank, world)
@@ -63,7 +63,8 @@ def sampling_of(pipeline: Pipeline, tokenizer, pad_id: int) -> KitSampling:
                        stop_token_ids=(tokenizer.eos_token_id,), pad_token_id=pad_id)
 
 
-def sample_lines(prompts: Prompts, batch: KitBatch, scored: Scored, tokenizer, phase: str, step: int, limit: int | None = None) -> list[dict]:
+def sample_lines(prompts: Prompts, batch: KitBatch, scored: Scored, tokenizer, phase: str, step: int,
+                 limit: int | None = None) -> list[dict]:
     """Lines for samples.jsonl: what was asked and answered, the score, the KL in nats, the gold reward where it is known."""
     kl = kl_estimates(scored.logprobs, scored.ref_logprobs, batch.response_mask)["k1"].tolist()
     responses = batch.input_ids[:, -batch.response_mask.shape[1]:]
@@ -81,25 +82,29 @@ def sample_lines(prompts: Prompts, batch: KitBatch, scored: Scored, tokenizer, p
     return lines
 
 
-def evaluate(session, hybrid, roles: dict, held_out: PromptFeed, sampling: KitSampling, tokenizer, phase: str) -> dict:
-    """Answers to the held-out prompts by the actor as it is: means over all ranks, and some of them as lines.
+def evaluate(session, hybrid, roles: Roles, held_out: PromptFeed, sampling: KitSampling, tokenizer, phase: str) -> dict:
+    """Answers to the held-out prompts by the actor as it is: means over all ranks; some of the answers as sample lines.
 
     The same prompts with the same random numbers before and after.
     """
-    prompts = held_out.at(0)
+    prompts, telemetry = held_out.at(0), session.pipeline.telemetry
     batch = hybrid.generate(prompts.request, sampling)
-    scored = score_responses(batch.input_ids, batch.attention_mask, batch.response_mask.shape[1], **{**roles, "critic": None},
-                             temperature=sampling.temperature, micro_batch_size=session.pipeline.rollout.micro_batch_size)
+    scored = score_responses(roles, batch.input_ids, batch.attention_mask, batch.response_mask.shape[1],
+                             sampling.temperature, session.pipeline.rollout.micro_batch_size)
     lines = sample_lines(prompts, batch, scored, tokenizer, phase, 0 if phase == "before" else session.pipeline.ppo.max_steps)
+    known = all(gold_of(name) is not None for name, _ in session.pipeline.data.weighted_sources())  # alike on every rank
+    parts = sorted(lines[0]["gold_parts"]) if known else []
     own = held_out.count // session.world_size + (session.rank < held_out.count % session.world_size)
-    counted = lines[:own]  # the rest only fills up the ranks
-    names = ["score", "kl", "tokens", "finished"] + (["gold"] if "gold" in lines[0] else [])
-    parts = sorted(lines[0].get("gold_parts", {}))
-    sums = session.sum(len(counted), *(sum(float(line[name]) for line in counted) for name in names),
-                       sum(line.get("gold", 0.0) ** 2 for line in counted),
-                       *(sum(line["gold_parts"][part] for line in counted) for part in parts))
-    means = {name: value / sums[0] for name, value in zip(names, sums[1:])}
-    if "gold" in means:
-        means["gold_std"] = max(sums[len(names) + 1] / sums[0] - means["gold"] ** 2, 0.0) ** 0.5
-        means["gold_parts"] = {part: value / sums[0] for part, value in zip(parts, sums[len(names) + 2:])}
-    return means | {"prompts": int(sums[0]), "samples": counted[: session.pipeline.telemetry.samples]}
+    lines = lines[:own]  # the rest only fills up the ranks
+    session.samples(lines[: telemetry.samples])
+    rows = [{name: float(line[name]) for name in ("score", "kl", "tokens", "finished")} for line in lines]
+    if parts:
+        rows = [row | {"gold": line["gold"], "gold_square": line["gold"] ** 2, **line["gold_parts"]}
+                for row, line in zip(rows, lines, strict=True)]
+    names = ["score", "kl", "tokens", "finished"] + (["gold", "gold_square", *parts] if parts else [])
+    count, *sums = session.sum(len(rows), *(sum(row[name] for row in rows) for name in names))
+    means = {name: value / count for name, value in zip(names, sums, strict=True)} | {"prompts": int(count)}
+    if parts:
+        means["gold_std"] = max(means.pop("gold_square") - means["gold"] ** 2, 0.0) ** 0.5
+        means["gold_parts"] = {part: means.pop(part) for part in parts}
+    return means

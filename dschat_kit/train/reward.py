@@ -12,13 +12,15 @@ import time
 import numpy as np
 import torch
 
-from dschat_kit.data.datasets import (StepSampler, TokenRows, chunks, pad_sequences, preference_batch, rank_share)
+from dschat_kit.data.datasets import StepSampler, TokenRows, chunks, preference_batch, rank_share, sft_batch
 from dschat_kit.data.sources import gold_of
-from dschat_kit.engine.engines import build_engine, learning_rate, set_learning_rate
+from dschat_kit.engine.engines import build_engine, grad_norm, learning_rate, set_learning_rate
+from dschat_kit.models.lora import add_adapters
 from dschat_kit.models.scalar_model import last_token, load_scalar_model
 from dschat_kit.rlhf.losses import preference_loss
 from dschat_kit.runs import open_run
-from dschat_kit.train.session import Session, main
+from dschat_kit.train.rank import main
+from dschat_kit.train.session import Session
 
 
 def train(session: Session) -> dict:
@@ -27,9 +29,10 @@ def train(session: Session) -> dict:
     data, tokenizer, pad_id = session.prepare_data()
     rows, held_out = TokenRows(data, "reward"), TokenRows(data, "eval")
     model = load_scalar_model(open_run(session.root, "sft").model_dir, pipeline.model, pipeline.seed, new_head=True)
-    engine = build_engine(model, pipeline.zero, pipeline.model, lr=settings.lr, batch_size=settings.batch_size,
-                          micro_batch_size=settings.micro_batch_size, world_size=session.world_size,
-                          grad_clip=settings.grad_clip, weight_decay=settings.weight_decay)
+    engine = build_engine(add_adapters(model, pipeline.lora, pipeline.seed), pipeline, lr=settings.lr,
+                          batch_size=settings.batch_size, micro_batch_size=settings.micro_batch_size,
+                          world_size=session.world_size, grad_clip=settings.grad_clip,
+                          weight_decay=settings.weight_decay)
     sampler = StepSampler(rows=len(rows), batch_size=settings.batch_size, seed=pipeline.seed)
     steps = sampler.steps(settings.epochs, settings.max_steps)
     session.begin(steps, {"model": engine})
@@ -46,8 +49,8 @@ def train(session: Session) -> dict:
             part, metrics = preference_loss(chosen, rejected, pairs=settings.batch_size)
             session.backward(engine, part)
             sums = {name: value + metrics[name] for name, value in sums.items()}
-        row = dict(zip(sums, session.sum(*sums.values())))
-        row |= {"lr": lr, "grad_norm": float(engine.get_global_grad_norm() or 0.0), "seconds": time.perf_counter() - clock}
+        row = dict(zip(sums, session.sum(*sums.values()), strict=True))
+        row |= {"lr": lr, "grad_norm": grad_norm(engine), "seconds": time.perf_counter() - clock}
         if (step + 1) % settings.eval_every == 0 or step + 1 == steps:
             scores = pair_scores(session, engine, held_out, pad_id, limit=settings.eval_rows)
             row["eval_accuracy"] = accuracy_of(scores[:, 0] - scores[:, 1])
@@ -65,15 +68,15 @@ def train(session: Session) -> dict:
 @torch.no_grad()
 def _scores(session: Session, engine, rows: TokenRows, limit: int, build) -> np.ndarray:
     """(N, k) scores in the order of the first N = min(rows, limit) rows; `build` makes a batch of k sequences a row."""
-    engine.eval()
     count, found = min(len(rows), limit), []
-    padded = np.arange(-(-count // session.world_size) * session.world_size)
-    for indices in chunks(rank_share(padded, session.rank, session.world_size), session.pipeline.rollout.micro_batch_size):
-        batch = build(rows.take(indices % count)).to(session.device)
-        found.append(last_token(engine(batch.sequences, batch.attention_mask), batch.attention_mask).view(-1, len(indices)).T)
+    filled = np.arange(-(-count // session.world_size) * session.world_size)  # every rank makes as many forward passes
+    engine.eval()
+    for places in chunks(rank_share(filled, session.rank, session.world_size), session.pipeline.rollout.micro_batch_size):
+        batch = build(rows.take(places % count)).to(session.device)
+        found.append(last_token(engine(batch.sequences, batch.attention_mask), batch.attention_mask).view(-1, len(places)).T)
     engine.train()
     mine = torch.cat(found)
-    everything = torch.zeros(len(padded), mine.shape[1], device=session.device, dtype=mine.dtype)
+    everything = torch.zeros(len(filled), mine.shape[1], device=session.device, dtype=mine.dtype)
     everything[session.rank::session.world_size] = mine
     return session.sum_tensor(everything)[:count].double().cpu().numpy()
 
@@ -85,9 +88,7 @@ def pair_scores(session: Session, engine, rows: TokenRows, pad_id: int, limit: i
 
 def reference_scores(session: Session, engine, rows: TokenRows, pad_id: int, limit: int = 512) -> np.ndarray:
     """(N,) scores of chosen responses of SFT rows: what the SFT policy was taught to say."""
-    def build(some):
-        return pad_sequences([r["prompt_ids"] for r in some], [r["chosen_ids"] for r in some], pad_id)
-    return _scores(session, engine, rows, limit, build)[:, 0]
+    return _scores(session, engine, rows, limit, lambda some: sft_batch(some, pad_id))[:, 0]
 
 
 def accuracy_of(margins: np.ndarray) -> float:
@@ -107,7 +108,7 @@ def report(scores: np.ndarray, rows: TokenRows) -> dict:
              "score_histogram": {"edges": edges.tolist(), "chosen": np.histogram(scores[:, 0], edges)[0].tolist(),
                                  "rejected": np.histogram(scores[:, 1], edges)[0].tolist()}}
     gold = gold_of(table[0]["source"])
-    if gold is not None:
+    if gold is not None and len({r["source"] for r in table}) == 1:
         gaps = [gold.gold_reward(r["prompt"], r["chosen"]) - gold.gold_reward(r["prompt"], r["rejected"]) for r in table]
         found["bayes_accuracy"] = gold.bayes_accuracy(gaps)
     return found

@@ -1,37 +1,24 @@
-"""What every launched stage shares: ranks, logs, sums over ranks, metrics, checkpoints, and a clean end."""
+"""What every stage does alike: data, sums over ranks, metrics, checkpoints, export, result."""
 
-import argparse
-import os
-import signal
-import socket
-import sys
+import math
 import time
-import traceback
-from collections.abc import Callable
-from contextlib import contextmanager
 from importlib import metadata
-from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dschat_kit.config import ConfigError
 from dschat_kit.data.pipeline import build_stage_data, tokenizer_of
 from dschat_kit.data.tokenizer import pad_id_of
 from dschat_kit.engine.checkpoints import load_checkpoint, save_checkpoint
 from dschat_kit.engine.zero import full_state_dict
-from dschat_kit.machine import detect
 from dschat_kit.metrics import JsonlWriter, truncate_after
 from dschat_kit.models.loading import save_folder
+from dschat_kit.models.lora import merge_adapters
 from dschat_kit.runs import RunError, StageRun, open_run, prepare_stage, write_json
 
-__all__ = ["Session", "main"]
-
-
-class Interrupted(BaseException):
-    """SIGTERM or SIGINT; a BaseException so that nothing on the way swallows it."""
+__all__ = ["Session"]
 
 
 class Session:
@@ -45,21 +32,25 @@ class Session:
         self.device = torch.device(deepspeed.get_accelerator().current_device_name())
         self.first_step, self.resumed_from = 0, list(run.status.get("resumed_from", [])) if resume else []
         self._metrics = self._samples = None
+        self._told = 0.0
         self.pipeline.check_ranks(run.stage, self.world_size)
 
-    def begin(self, total: int, engines: dict, **state) -> dict:
-        """Load the newest checkpoint when resuming (returns its state, otherwise `state`) and open the metrics files."""
+    def begin(self, total: int, engines: dict) -> dict | None:
+        """Open the metrics files for `total` steps of `engines`. When resuming, load the newest checkpoint and return the
+        state that was saved with it; None at the beginning, also when there is no checkpoint yet."""
         loaded = load_checkpoint(self.run.checkpoints, engines) if self.resume else None
-        self.first_step, self.total, self.engines = (loaded or {"step": 0})["step"], total, engines
-        self.resumed_from = self.resumed_from + [self.first_step] if self.resume else []
+        self.total, self.engines = total, engines
+        if loaded:
+            self.first_step, self.started = loaded["step"], self.started - loaded["elapsed"]
+        if self.resume:
+            self.resumed_from = self.resumed_from + [self.first_step]
+            self.say(f"goes on after step {self.first_step}")
         if self.is_main:
             for path in (self.run.metrics_path, self.run.samples_path):
-                truncate_after(path, self.first_step)
+                truncate_after(path, self.first_step)  # all lines when there is no checkpoint
             self._metrics, self._samples = JsonlWriter(self.run.metrics_path), JsonlWriter(self.run.samples_path)
             self.run.update_status(state="running", step=self.first_step, total=total, resumed_from=self.resumed_from)
-            if self.resume:
-                self.say(f"goes on after step {self.first_step}")
-        return loaded or {"step": 0, **state}
+        return loaded["state"] if loaded else None
 
     def prepare_data(self) -> tuple:
         """(data folder, tokenizer, id for padding); the main rank builds the data stage first where it is missing."""
@@ -95,15 +86,17 @@ class Session:
 
     def log(self, step: int, row: dict, show: tuple[str, ...] = ()) -> None:
         """One line of metrics.jsonl after `step` steps. Raises RunError on every rank when a loss is not finite."""
-        bad = [name for name, value in row.items() if name.endswith("loss") and value != value]
+        bad = [name for name, value in row.items() if name.endswith("loss") and not math.isfinite(value)]
         if bad:
-            raise RunError(f"{', '.join(bad)} is not finite at step {step}\n  change: a lower learning rate; the last "
-                           f"checkpoint is kept in {self.run.checkpoints}")
+            raise RunError(f"{', '.join(bad)} is not finite at step {step}\n  change: a lower learning rate; checkpoints are "
+                           f"kept in {self.run.checkpoints}")
         if self.is_main:
             self._metrics.write({"step": step, **row})
-            self.run.update_status(state="running", step=step, total=self.total)
+            if step == self.total or time.monotonic() - self._told > 0.5:  # an fsync a step would cost more than a small step
+                self.run.update_status(state="running", step=step, total=self.total)
+                self._told = time.monotonic()
             if show:
-                self.say(f"step {step}/{self.total}  " + "  ".join(f"{n} {row[n]:.4g}" for n in show if row.get(n) is not None))
+                self.say(f"step {step}/{self.total}  " + "  ".join(f"{name} {row[name]:.4g}" for name in show))
 
     def samples(self, rows: list[dict]) -> None:
         """Lines of samples.jsonl (main rank's rows only)."""
@@ -111,17 +104,18 @@ class Session:
             for row in rows:
                 self._samples.write(row)
 
-    def checkpoint(self, step: int, **state) -> None:
-        """Save after `step` steps where checkpoint.every_steps says so."""
+    def checkpoint(self, step: int, state: dict | None = None) -> None:
+        """Save after `step` steps where checkpoint.every_steps says so; `state` is what `begin` returns after a resume."""
         every = self.pipeline.checkpoint.every_steps
         if every and step % every == 0 and step < self.total:
-            save_checkpoint(self.run.checkpoints, step, self.engines, state, self.pipeline.checkpoint.keep)
+            save_checkpoint(self.run.checkpoints, self.engines, self.pipeline.checkpoint.keep, step=step,
+                            elapsed=time.time() - self.started, state=state or {})
 
-    def export(self, module, tokenizer) -> None:
-        """The stage's Hugging Face folder `model/`; every rank has to call it."""
-        state = full_state_dict(module, self.is_main)
+    def export(self, model, tokenizer) -> None:
+        """The stage's Hugging Face folder `model/`, adapters merged; every rank has to call it."""
+        state = full_state_dict(model, self.is_main)
         if self.is_main:
-            save_folder(module, tokenizer, self.run.model_dir, state)
+            save_folder(model, tokenizer, self.run.model_dir, merge_adapters(model, state))
         dist.barrier()
 
     def finish(self, result: dict) -> None:
@@ -138,96 +132,6 @@ class Session:
         if self.is_main:
             print(f"{self.run.stage:<6} {text}", file=self.console, flush=True)
         print(text, flush=True)
-
-
-def main(stage: Callable[[Session], dict], argv: list[str] | None = None) -> None:
-    """Run a stage function as one rank of a `deepspeed` job and leave with the right exit code: 0, 1, or 2 for
-    what the user can mend. A plain `python -m` is a job of one rank."""
-    parser = argparse.ArgumentParser(description=sys.modules[stage.__module__].__doc__)
-    parser.add_argument("--run", required=True, type=Path, help="absolute path of the stage's folder in a run folder")
-    parser.add_argument("--resume", choices=("auto",), nargs="?", const="auto", help="go on from the newest checkpoint")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    code = _run_stage(stage, args)
-    sys.stdout.flush()
-    os._exit(code) if code else sys.exit(0)
-
-
-def _run_stage(stage: Callable[[Session], dict], args) -> int:
-    rank = int(os.environ.get("RANK", 0))
-    try:
-        run = StageRun(args.run)
-        run.config
-        with _rank_log(run, rank) as (console, errors):
-            try:
-                with run.lock() if rank == 0 else _nothing():
-                    _start(run, rank)
-                    session = Session(run, args.resume == "auto", console)
-                    session.finish(stage(session))
-                    dist.destroy_process_group()
-                    return 0
-            except BaseException as error:
-                return _failed(run, rank, error, errors)
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def _start(run: StageRun, rank: int) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _interrupt)
-    if rank == 0:
-        run.update_status(state="running", started=time.time(), error=None, pid=os.getpid(), host=socket.gethostname())
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    machine = detect()
-    if machine.accelerator == "cpu":
-        threads = os.environ.get("OMP_NUM_THREADS") or max(1, machine.cores // int(os.environ["WORLD_SIZE"]))
-        torch.set_num_threads(int(threads))
-    # Plain gloo is no slower than the shared-memory all-reduce that DeepSpeed would compile at first use.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if machine.accelerator == "cuda" else "gloo", verbose=False)
-    torch.manual_seed(run.pipeline.seed)
-
-
-def _interrupt(number, _frame):
-    raise Interrupted(signal.Signals(number).name)
-
-
-def _failed(run: StageRun, rank: int, error: BaseException, errors) -> int:
-    """Record how a rank ended. The first rank to fail is the one that is shown; others follow because of it."""
-    traceback.print_exc()
-    state = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
-    known = isinstance(error, (ConfigError, RunError, Interrupted))
-    text = str(error) if known else f"{type(error).__name__}: {error}"
-    time.sleep(0.3 * min(rank, 3))
-    if run.status.get("state") == "running" and (state == "failed" or rank == 0):
-        print(f"error: {text}" + ("" if known else f"\n  the whole story: {run.logs / f'rank{rank}.log'}"), file=errors, flush=True)
-        try:
-            run.update_status(state=state, error=text)
-        except RunError as second:
-            print(f"error: {second}", file=errors, flush=True)
-    return 130 if state == "interrupted" else 2 if known else 1
-
-
-@contextmanager
-def _rank_log(run: StageRun, rank: int):
-    """Everything that libraries print goes to logs/rank{R}.log; yields the original (stdout, stderr) for the reader."""
-    run.logs.mkdir(parents=True, exist_ok=True)
-    console, errors = (os.fdopen(os.dup(fd), "w", encoding="utf-8", buffering=1) for fd in (1, 2))
-    sys.stdout.flush(), sys.stderr.flush()
-    log = os.open(run.logs / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 1), os.dup2(log, 2)
-    yield console, errors
-    sys.stdout.flush(), sys.stderr.flush()
-
-
-@contextmanager
-def _nothing():
-    yield
 
 
 def _versions() -> dict:

@@ -3,19 +3,22 @@
     deepspeed --num_gpus 2 --module dschat_kit.train.sft --run RUN/sft
 
 Steps: 1. rows and model  2. loss on held-out rows before  3. optimiser steps on response tokens
-4. loss after  5. export. Left out on purpose: packing, several data epochs in one order.
+4. loss after  5. export. Left out on purpose: packing of several rows into one sequence.
 """
 
 import math
 import time
 
+import numpy as np
 import torch
 
 from dschat_kit.data.datasets import StepSampler, TokenRows, chunks, rank_share, sft_batch
-from dschat_kit.engine.engines import build_engine, learning_rate, set_learning_rate
+from dschat_kit.engine.engines import build_engine, grad_norm, learning_rate, set_learning_rate
 from dschat_kit.models.loading import check_length, load_causal_lm, model_inputs
+from dschat_kit.models.lora import add_adapters
 from dschat_kit.rlhf.losses import sft_loss
-from dschat_kit.train.session import Session, main
+from dschat_kit.train.rank import main
+from dschat_kit.train.session import Session
 
 
 def train(session: Session) -> dict:
@@ -25,38 +28,41 @@ def train(session: Session) -> dict:
     rows, held_out = TokenRows(data, "sft"), TokenRows(data, "eval")
     model = load_causal_lm(pipeline.model.name, pipeline.model, tokenizer, pipeline.seed)
     check_length(model.config, pipeline.data.max_prompt_tokens + pipeline.data.max_response_tokens)
-    engine = build_engine(model, pipeline.zero, pipeline.model, lr=settings.lr, batch_size=settings.batch_size,
-                          micro_batch_size=settings.micro_batch_size, world_size=session.world_size,
-                          grad_clip=settings.grad_clip, weight_decay=settings.weight_decay)
+    engine = build_engine(add_adapters(model, pipeline.lora, pipeline.seed), pipeline, lr=settings.lr,
+                          batch_size=settings.batch_size, micro_batch_size=settings.micro_batch_size,
+                          world_size=session.world_size, grad_clip=settings.grad_clip,
+                          weight_decay=settings.weight_decay)
     sampler = StepSampler(rows=len(rows), batch_size=settings.batch_size, seed=pipeline.seed)
     steps = sampler.steps(settings.epochs, settings.max_steps)
-    state = session.begin(steps, {"model": engine}, loss_before=evaluate(session, engine, held_out, pad_id), tokens=0, seconds=0.0)
+    state = session.begin(steps, {"model": engine})
+    if state is None:
+        state = {"loss_before": evaluate(session, engine, held_out, pad_id), "tokens": 0, "seconds": 0.0}
 
     for step in range(session.first_step, steps):
         clock = time.perf_counter()
         lr = learning_rate(settings.lr, step, steps, settings.warmup, settings.min_lr, "cosine")
         set_learning_rate(engine, lr)
         mine = rows.take(rank_share(sampler.indices(step), session.rank, session.world_size))
-        tokens, everything = session.sum(sum(len(row["chosen_ids"]) for row in mine),
-                                         sum(len(row["chosen_ids"]) + len(row["prompt_ids"]) for row in mine))
+        tokens, tokens_read = session.sum(sum(len(row["chosen_ids"]) for row in mine),
+                                          sum(len(row["chosen_ids"]) + len(row["prompt_ids"]) for row in mine))
         loss = 0.0
         for micro in chunks(mine, settings.micro_batch_size):
             batch = sft_batch(micro, pad_id).to(session.device)
-            part, metrics = sft_loss(engine(**model_inputs(engine, batch.sequences, batch.attention_mask), use_cache=False).logits,
-                                     batch.sequences, batch.response_mask, tokens)
+            logits = engine(**model_inputs(engine, batch.sequences, batch.attention_mask), use_cache=False).logits
+            part, metrics = sft_loss(logits, batch.sequences, batch.response_mask, tokens)
             session.backward(engine, part)
             loss += metrics["loss"]
         loss, = session.sum(loss)
         seconds = time.perf_counter() - clock
-        row = {"loss": loss, "lr": lr, "grad_norm": float(engine.get_global_grad_norm() or 0.0),
-               "tokens_per_second": everything / seconds, "seconds": seconds}
-        state["tokens"], state["seconds"] = state["tokens"] + everything, state["seconds"] + seconds
+        row = {"loss": loss, "lr": lr, "grad_norm": grad_norm(engine),
+               "tokens_per_second": tokens_read / seconds, "seconds": seconds}
+        state["tokens"], state["seconds"] = state["tokens"] + tokens_read, state["seconds"] + seconds
         if (step + 1) % settings.eval_every == 0 or step + 1 == steps:
             row["eval_loss"] = state["loss_after"] = evaluate(session, engine, held_out, pad_id)
         session.log(step + 1, row, show=("loss", "eval_loss") if "eval_loss" in row else ())
-        session.checkpoint(step + 1, **{k: v for k, v in state.items() if k not in ("step", "world_size")})
+        session.checkpoint(step + 1, state)
 
-    session.export(engine.module, tokenizer)
+    session.export(model, tokenizer)
     return {"eval_loss_before": state["loss_before"], "eval_loss_after": state["loss_after"],
             "eval_perplexity": math.exp(min(state["loss_after"], 700)), "steps": steps,
             "tokens_per_second": state["tokens"] / max(state["seconds"], 1e-9), "seconds": time.time() - session.started}
@@ -65,18 +71,16 @@ def train(session: Session) -> dict:
 @torch.no_grad()
 def evaluate(session: Session, engine, rows: TokenRows, pad_id: int) -> float:
     """Mean loss a response token on the first sft.eval_rows held-out rows, in nats."""
-    engine.eval()
-    total = tokens = 0.0
-    settings = session.pipeline.sft
+    settings, total, tokens = session.pipeline.sft, 0.0, 0.0
     count = min(len(rows), settings.eval_rows)
-    filled = torch.arange(-(-count // session.world_size) * session.world_size)
-    mine = rank_share(filled, session.rank, session.world_size)
-    for indices in chunks(mine, settings.micro_batch_size):
-        batch = sft_batch(rows.take(indices % count), pad_id).to(session.device)
-        weight = (indices < count).to(session.device)[:, None]  # rows that only fill up the ranks count nothing
+    filled = np.arange(-(-count // session.world_size) * session.world_size)  # every rank makes as many forward passes
+    engine.eval()
+    for places in chunks(rank_share(filled, session.rank, session.world_size), settings.micro_batch_size):
+        batch = sft_batch(rows.take(places % count), pad_id).to(session.device)
+        counted = batch.response_mask & torch.from_numpy(places < count).to(session.device)[:, None]
         logits = engine(**model_inputs(engine, batch.sequences, batch.attention_mask), use_cache=False).logits
-        loss, _ = sft_loss(logits, batch.sequences, batch.response_mask & weight, 1.0)
-        total, tokens = total + loss, tokens + (batch.response_mask & weight)[:, 1:].sum()
+        total += sft_loss(logits, batch.sequences, counted, 1.0)[0]
+        tokens += counted[:, 1:].sum()
     engine.train()
     total, tokens = session.sum(total, tokens)
     return total / tokens

@@ -1,0 +1,55 @@
+"""Talking to an exported model."""
+
+import pytest
+import torch
+from tiny_models import folder
+
+from dschat_kit.chat import ChatSession, compare
+from dschat_kit.runs import RunError
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory):
+    return ChatSession(folder(tmp_path_factory.mktemp("model"), "llama"), max_new_tokens=8)
+
+
+def test_loading_is_silent(tmp_path, capfd):
+    ChatSession(folder(tmp_path))
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_answers_do_not_depend_on_batch_mates_and_streaming(session):
+    questions = ["moo?", "what does the cow eat?"]
+    answers = session.ask_all(questions)
+    assert answers == [session.ask(question) for question in questions]
+    assert "".join(session.stream(questions[1], remember=False)).strip() == answers[1]
+    assert compare({"a": session}, questions) == [{"question": q, "a": a} for q, a in zip(questions, answers, strict=True)]
+
+
+def test_seed_and_temperature(session):
+    answers = {session.ask("moo?", temperature=1.0, seed=seed) for seed in range(4)}
+    assert len(answers) > 1 and session.ask("moo?", temperature=1.0, seed=2) in answers
+    state = torch.get_rng_state()
+    assert session.ask("moo?") == session.ask("moo?") and torch.equal(state, torch.get_rng_state())
+
+
+def test_a_remembered_turn_is_context_of_the_next(session):
+    plain = session.ask("hay?")
+    session.ask("moo?", remember=True)
+    assert "moo?" in session.history and session.ask("hay?") != plain
+    session.history = ""
+    assert session.ask("hay?") == plain
+
+
+@pytest.mark.parametrize("question", ["", "  \n", "moo " * 40])
+def test_a_question_that_cannot_be_answered_is_said(session, question):
+    with pytest.raises(RunError, match="expected"):
+        session.ask(question)
+    with pytest.raises(RunError, match="expected"):
+        list(session.stream(question))
+
+
+def test_a_run_without_a_model_is_named(tmp_path):
+    with pytest.raises(RunError, match="no exported model of ppo or sft"):
+        ChatSession.open(tmp_path)

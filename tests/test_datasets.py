@@ -1,0 +1,92 @@
+"""Token rows -> batches: padding sides, masks, and a sampler that is a pure function."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dschat_kit.config import ConfigError
+from dschat_kit.data.datasets import (
+    StepSampler,
+    TokenRows,
+    chunks,
+    pad_prompts,
+    preference_batch,
+    sft_batch,
+)
+
+PAD = 9  # also a token of the second response: masks, never ids, say what is padding
+ROWS = [{"sample_id": "a", "prompt": "p", "prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]},
+        {"sample_id": "b", "prompt": "q", "prompt_ids": [1], "chosen_ids": [7, PAD], "rejected_ids": [8, 8, 8, 8]}]
+
+
+def test_sft_rows_are_padded_on_the_right():
+    batch = sft_batch(ROWS, PAD)
+    assert batch.sequences.tolist() == [[1, 2, 3, 4, 5], [1, 7, PAD, PAD, PAD]]
+    assert batch.attention_mask.tolist() == [[True] * 5, [True] * 3 + [False] * 2]
+    assert batch.response_mask.tolist() == [[False] * 3 + [True] * 2, [False, True, True, False, False]]
+    assert batch.to("cpu").sequences is batch.sequences
+
+
+def test_pairs_are_two_halves_with_the_same_prompts():
+    batch = preference_batch(ROWS, PAD)
+    assert batch.sequences.tolist() == [[1, 2, 3, 4, 5], [1, 7, PAD, PAD, PAD], [1, 2, 3, 6, PAD], [1, 8, 8, 8, 8]]
+    assert batch.attention_mask.sum(1).tolist() == [5, 3, 4, 5]
+    assert batch.response_mask.sum(1).tolist() == [2, 2, 1, 4]
+
+
+def test_prompts_are_padded_on_the_left_and_keep_who_they_are():
+    batch = pad_prompts(ROWS, torch.tensor([40, 7]), PAD)
+    assert batch.prompt_ids.tolist() == [[1, 2, 3], [PAD, PAD, 1]]
+    assert batch.attention_mask.tolist() == [[True] * 3, [False, False, True]]
+    assert (batch.row_ids, batch.sample_ids, batch.prompts) == ([40, 7], ["a", "b"], ["p", "q"])
+
+
+lengths = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5)
+
+
+@given(lengths)
+def test_nothing_is_lost_in_padding(sizes):
+    rows = [{"prompt_ids": list(range(10, 10 + p)), "chosen_ids": list(range(50, 50 + r))} for p, r in sizes]
+    batch = sft_batch(rows, 0)
+    for i, row in enumerate(rows):
+        assert batch.sequences[i][batch.attention_mask[i]].tolist() == row["prompt_ids"] + row["chosen_ids"]
+        assert batch.sequences[i][batch.response_mask[i]].tolist() == row["chosen_ids"]
+        assert (batch.sequences[i][~batch.attention_mask[i]] == 0).all()
+
+
+@given(st.integers(1, 20), st.integers(0, 60), st.integers(0, 100))
+def test_an_epoch_reads_each_row_at_most_once(batch_size, more, seed):
+    sampler = StepSampler(rows=batch_size + more, batch_size=batch_size, seed=seed)
+    steps = [sampler.indices(step) for step in range(sampler.steps_per_epoch)]
+    seen = [i for step in steps for i in step]
+    assert all(len(step) == batch_size for step in steps) and len(set(seen)) == len(seen) == batch_size * len(steps)
+    again = StepSampler(rows=batch_size + more, batch_size=batch_size, seed=seed)  # after a resume: no state
+    assert (again.indices(len(steps) - 1) == steps[-1]).all()
+
+
+def test_the_second_epoch_is_in_another_order():
+    sampler = StepSampler(rows=64, batch_size=64, seed=0)
+    assert sorted(sampler.indices(0)) == sorted(sampler.indices(1)) and (sampler.indices(0) != sampler.indices(1)).any()
+
+
+def test_steps_are_bounded_by_epochs_and_by_max_steps():
+    sampler = StepSampler(rows=100, batch_size=32, seed=0)
+    assert [sampler.steps(2, bound) for bound in (0, 4, 99)] == [6, 4, 6]
+
+
+def test_too_few_rows_for_one_batch_are_refused():
+    with pytest.raises(ConfigError, match=r"batch_size: got 32, with 31 rows\n.*expected(.|\n)*change"):
+        StepSampler(rows=31, batch_size=32, seed=0)
+
+
+def test_rows_come_from_disk_in_the_order_asked_for(tmp_path):
+    import datasets
+    columns = {name: [row[name] for row in ROWS] for name in ROWS[0]}
+    datasets.Dataset.from_dict(columns).save_to_disk(str(tmp_path / "rows" / "sft"))
+    rows = TokenRows(tmp_path, "sft")
+    assert len(rows) == 2 and rows.take(torch.tensor([1, 0, 1])) == [ROWS[1], ROWS[0], ROWS[1]]
+
+
+def test_chunks_cover_everything():
+    assert list(chunks([1, 2, 3, 4, 5], 2)) == [[1, 2], [3, 4], [5]]

@@ -1,0 +1,86 @@
+"""The losses against their textbook forms, and their independence of how a batch is cut."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dschat_kit.rlhf.losses import entropy_of, policy_loss, preference_loss, sft_loss, token_logprobs, value_loss
+
+
+def test_sft_loss_is_the_cross_entropy_of_the_response_tokens():
+    torch.manual_seed(0)
+    logits, sequences = torch.randn(2, 6, 11), torch.randint(0, 11, (2, 6))
+    mask = torch.tensor([[0, 0, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0]]).bool()
+    loss, metrics = sft_loss(logits, sequences, mask, mask.sum())
+    by_hand = [F.cross_entropy(logits[i, t - 1], sequences[i, t]) for i in range(2) for t in range(6) if mask[i, t]]
+    assert torch.allclose(loss, torch.stack(by_hand).mean()) and torch.equal(metrics["loss"], loss)
+
+
+def test_logprobs_are_those_of_the_temperature_and_in_fp32():
+    torch.manual_seed(0)
+    logits, tokens = torch.randn(2, 3, 7).bfloat16(), torch.randint(0, 7, (2, 3))
+    expected = (logits.float() / 0.7).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+    found = token_logprobs(logits, tokens, 0.7)
+    assert found.dtype == torch.float32 and torch.allclose(found, expected, atol=1e-6)
+    assert torch.allclose(entropy_of(torch.zeros(1, 1, 8)), torch.tensor(8.0).log())
+
+
+def test_preference_loss_is_minus_log_sigmoid_of_the_margin():
+    chosen, rejected = torch.tensor([2.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 1.0])
+    loss, metrics = preference_loss(chosen, rejected, 3)
+    assert torch.allclose(loss, -torch.sigmoid(chosen - rejected).log().mean())
+    assert float(metrics["accuracy"]) == pytest.approx(0.5)  # right, wrong, a tie that counts half
+    assert float(metrics["margin"]) == pytest.approx(0.0)
+
+
+def test_policy_loss_clips_only_what_would_go_too_far():
+    log_ratio = torch.tensor([[1.5, 1.5, 0.5, 0.5]]).log()
+    advantages, mask = torch.tensor([[1.0, -1.0, 1.0, -1.0]]), torch.ones(1, 4, dtype=torch.bool)
+    loss, metrics = policy_loss(log_ratio, torch.zeros(1, 4), advantages, mask, 0.2, 4)
+    assert float(loss) == pytest.approx(-(1.2 - 1.5 + 0.5 - 0.8) / 4)
+    assert float(metrics["clip_fraction"]) == 0.5 and float(metrics["ratio_max"]) == pytest.approx(1.5)
+
+
+def test_first_minibatch_has_ratio_one_and_the_policy_gradient():
+    new = torch.randn(2, 3, requires_grad=True)
+    advantages, mask = torch.randn(2, 3), torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
+    loss, metrics = policy_loss(new, new.detach(), advantages, mask, 0.2, mask.sum())
+    loss.backward()
+    assert (float(metrics["ratio_max"]), float(metrics["approx_kl"]), float(metrics["clip_fraction"])) == (1, 0, 0)
+    assert torch.allclose(new.grad, -advantages * mask / mask.sum())
+
+
+def test_value_loss_takes_the_larger_of_both_errors():
+    values, returns, mask = torch.zeros(1, 2), torch.tensor([[1.0, 1.0]]), torch.ones(1, 2, dtype=torch.bool)
+    loss, metrics = value_loss(torch.tensor([[0.9, 0.1]]), values, returns, mask, 0.2, 2)
+    assert float(loss) == pytest.approx(0.5 * (0.8**2 + 0.9**2) / 2)
+    assert float(metrics["value_clip_fraction"]) == 0.5
+
+
+@given(st.integers(0, 1000), st.integers(1, 5))
+@settings(deadline=None, max_examples=40)
+def test_cutting_a_batch_changes_no_loss(seed, cut):
+    """Sums over tokens of the global batch: what gradient accumulation and ranks rest on."""
+    torch.manual_seed(seed)
+    rows, A = 6, 4
+    new, old, advantages, values, returns = torch.randn(5, rows, A, dtype=torch.float64)
+    mask = torch.arange(A)[None] < torch.randint(1, A + 1, (rows, 1))
+    tokens = mask.sum()
+
+    def both(part):
+        return (policy_loss(new[part], old[part], advantages[part], mask[part], 0.2, tokens)[0]
+                + value_loss(new[part], values[part], returns[part], mask[part], 0.2, tokens)[0]
+                + preference_loss(new[part, 0], old[part, 0], rows)[0])
+    assert torch.allclose(both(slice(None)), both(slice(0, cut)) + both(slice(cut, None)))
+
+
+def test_nothing_outside_the_mask_matters():
+    torch.manual_seed(0)
+    new, old, advantages = torch.randn(3, 2, 4)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]]).bool()
+    for loss in (policy_loss, lambda a, b, c, m, *rest: value_loss(a, b, c, m, *rest)):
+        first, _ = loss(new, old, advantages, mask, 0.2, mask.sum())
+        wild, _ = loss(new.masked_fill(~mask, 9.0), old, advantages.masked_fill(~mask, -7.0), mask, 0.2, mask.sum())
+        assert torch.equal(first, wild)

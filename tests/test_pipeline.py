@@ -1,0 +1,172 @@
+"""The data stage: what ends up on disk, what is said about it, and how bad input ends it."""
+
+import json
+import os
+from collections import Counter
+
+import pytest
+
+from dschat_kit.config import Data, Model, Pipeline
+from dschat_kit.data import pipeline as stage
+from dschat_kit.data.datasets import TokenRows
+from dschat_kit.data.pipeline import build_stage_data, split_records, tokenizer_of
+from dschat_kit.data.splits import PARTS
+from dschat_kit.runs import RunError, open_run, prepare_stage
+
+
+def rows(path, count: int, words: str = "why") -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        for i in range(count):
+            file.write(json.dumps({"prompt": f"{words} {i}?", "chosen": f"because {i}.", "rejected": "no."}) + "\n")
+    return str(path)
+
+
+def build(root, sources: str, **data):
+    pipeline = Pipeline(data=Data(sources=sources, **data), model=Model(vocab_size=300))
+    run, _ = prepare_stage(root, "data", pipeline, fresh=True)
+    said = []
+    return run, build_stage_data(run, report=said.append), said
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Two sources that share prompts; the second one holds out every tenth of its own."""
+    folder = tmp_path_factory.mktemp("data")
+    first = rows(folder / "first.jsonl", 300)
+    rows(folder / "second" / "train.jsonl", 200, words="how")
+    rows(folder / "second" / "eval.jsonl", 30, words="why")
+    return build(folder / "run", f"{first},{folder}/second", stage_split="1,1,2", max_prompt_tokens=4,
+                 max_response_tokens=8)
+
+
+def test_no_prompt_stands_in_two_parts(built):
+    run, result, _ = built
+    prompts = {part: set(TokenRows(run.path, part).table["prompt"]) for part in PARTS}
+    assert sum(len(p) for p in prompts.values()) == len(set().union(*prompts.values()))
+    assert set(result["overlaps"].values()) == {0} and len(result["overlaps"]) == 6
+
+
+def test_what_one_source_holds_out_the_other_does_not_train_on(built):
+    run, result, _ = built
+    assert result["dropped_because_held_out"]["first.jsonl"] > 0
+    held = {f"\n\nHuman: why {i}?\n\nAssistant:" for i in range(30)}
+    assert not any(held & set(TokenRows(run.path, part).table["prompt"]) for part in ("sft", "reward", "ppo"))
+
+
+def test_rows_are_counted_by_source_and_part(built):
+    run, result, said = built
+    for part in PARTS:
+        found = Counter(TokenRows(run.path, part).table["source"])
+        assert {source: counts[part] for source, counts in result["rows"].items()} == found
+        assert result["realised_weights"][part] == {s: n / sum(found.values()) for s, n in found.items()}
+        assert any(part in line and str(sum(found.values())) in line for line in said)
+    assert result["read"] == {"first.jsonl": 300, "second": 230}
+
+
+def test_a_prompt_keeps_its_end_and_a_response_its_start(built):
+    run, result, said = built
+    tokenizer, table = tokenizer_of(run), TokenRows(run.path, "sft")
+    cut = Counter()
+    for row in table.take(range(len(table))):
+        for side, limit in (("prompt", 4), ("chosen", 8), ("rejected", 8)):
+            whole = tokenizer(row[side], add_special_tokens=False)["input_ids"]
+            whole += [tokenizer.eos_token_id] if side != "prompt" else []
+            ids, cut[side] = row[f"{side}_ids"], cut[side] + (len(whole) > limit)
+            assert ids == (whole[-limit:] if side == "prompt" else whole[:limit])
+    assert result["truncated"]["sft"] == dict(cut) and cut["prompt"] == len(table)
+    assert "cut" in said[-1] and "{" not in said[-1]
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def test_what_a_result_always_holds(built):
+    run, result, _ = built
+    assert run.result == json.loads(json.dumps(result)) and run.state == "finished"
+    assert {"config_hash", "seed", "world_size", "resumed_from", "versions"} <= result.keys()
+
+
+def test_the_same_configuration_makes_the_same_rows(tmp_path, built):
+    run, result, _ = built
+    other, again, _ = build(tmp_path / "run", run.pipeline.data.sources, stage_split="1,1,2", max_prompt_tokens=4,
+                            max_response_tokens=8)
+    for part in PARTS:
+        assert TokenRows(run.path, part).table.to_dict() == TokenRows(other.path, part).table.to_dict()
+    assert again["config_hash"] == result["config_hash"]
+
+
+def test_a_finished_stage_is_not_built_again(built, monkeypatch):
+    monkeypatch.setattr(stage, "_build", lambda *_: pytest.fail("built again"))
+    assert build_stage_data(built[0]) == built[1]
+
+
+def test_weights_bind_the_training_rows(tmp_path):
+    first, second = rows(tmp_path / "my rows.jsonl", 400), rows(tmp_path / "b.jsonl", 400, words="how")
+    _, result, _ = build(tmp_path / "run", f"{first}:3,{second}:1", stage_split="1,1,1")
+    for part in ("sft", "reward", "ppo"):
+        assert result["realised_weights"][part]["my rows.jsonl"] == pytest.approx(0.75, abs=0.01)
+
+
+def test_files_of_the_same_name_are_told_apart(tmp_path):
+    names = [rows(tmp_path / name / "train.jsonl", 100, words=name) for name in ("hh", "shp")]
+    pools, account = split_records(Pipeline(data=Data(sources=",".join(names))))
+    assert account["read"] == {"hh/train.jsonl": 100, "shp/train.jsonl": 100}
+
+
+BAD = {
+    "no JSON": ('{"prompt": \n', r"bad.jsonl, line 2: is no JSON"),
+    "no column": ('{"prompt": "a", "chosen": "b"}\n', r"bad.jsonl, line 2: has no column 'rejected'"),
+    "empty": ('{"prompt": "a", "chosen": " ", "rejected": "c"}\n', r"bad.jsonl, line 2: 'chosen' is ' '"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_rows_end_the_stage_with_exit_code_2(tmp_path, capsys, kind):
+    text, said = BAD[kind]
+    path = rows(tmp_path / "bad.jsonl", 1)
+    with open(path, "a") as file:
+        file.write(text)
+    run, _ = prepare_stage(tmp_path / "run", "data", Pipeline(data=Data(sources=path)))
+    assert stage.main(["--run", str(run.path)]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: {said}") and "Traceback" not in shown and "change:" in shown
+    assert run.state == "failed" and run.status["error"].startswith(said)
+    rows(tmp_path / "bad.jsonl", 200)  # mended: no --fresh, no --resume
+    assert prepare_stage(tmp_path / "run", "data", run.pipeline)[1] == "train"
+    assert stage.main(["--run", str(run.path)]) == 0 and run.state == "finished" and run.status["error"] is None
+
+
+def test_a_source_with_nothing_left_is_named(tmp_path):
+    small, large = rows(tmp_path / "small.jsonl", 3), rows(tmp_path / "large.jsonl", 200, words="how")
+    with pytest.raises(RunError, match=r"no rows of small.jsonl are left for \w+\n.*expected(.|\n)*change"):
+        build(tmp_path / "run", f"{small}:1,{large}:1")
+    with pytest.raises(RunError, match=r"no rows of small.jsonl are left for"):
+        build(tmp_path / "run", small)
+    assert open_run(tmp_path / "run", "data").state == "failed"
+
+
+def test_the_command_line_refuses_what_is_no_data_folder(tmp_path, capsys):
+    assert stage.main(["--run", str(tmp_path / "nothing")]) == 2
+    assert stage.main(["--run", str(tmp_path / "data")]) == 2
+    assert "no stage folder" in (shown := capsys.readouterr().err) and "config.json does not exist" in shown
+
+
+@pytest.mark.parametrize("error, shown, state", [
+    (KeyboardInterrupt("Ctrl-C"), "Ctrl-C", "interrupted"), (ZeroDivisionError("a bug"), "a bug", "failed"),
+    (OSError(28, "No space left on device"), "cannot write in .*: No space left on device", "failed")])
+def test_however_it_ends_the_status_says_so(tmp_path, monkeypatch, error, shown, state):
+    run, _ = prepare_stage(tmp_path / "run", "data", Pipeline())
+
+    def build(*_):
+        raise error
+    monkeypatch.setattr(stage, "_build", build)
+    with pytest.raises(RunError if isinstance(error, OSError) else type(error), match=shown):
+        build_stage_data(run)
+    assert run.state == state and run.status["error"]
+
+
+@pytest.mark.skipif("DSCHAT_DATA" not in os.environ, reason="DSCHAT_DATA names no folder with real rows")
+def test_real_preferences(tmp_path):
+    _, result, _ = build(tmp_path / "run", os.path.join(os.environ["DSCHAT_DATA"], "hh_helpful_256"), rows=400)
+    counts = result["rows"]["hh_helpful_256"]
+    assert counts["eval"] == 367 and counts["sft"] + counts["reward"] + counts["ppo"] == 400
+    assert set(result["overlaps"].values()) == {0}

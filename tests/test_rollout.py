@@ -1,0 +1,107 @@
+"""From four roles to an Experience: what they see does not depend on padding, micro batches or ranks."""
+
+import dataclasses
+
+import pytest
+import torch
+from test_decode import SAMPLING, request, run
+from tiny_models import SETTINGS, causal_lm, folder
+
+from dschat_kit.config import Ppo
+from dschat_kit.models.scalar_model import last_token, load_scalar_model
+from dschat_kit.rlhf.losses import policy_loss, token_logprobs
+from dschat_kit.rlhf.rollout import Roles, make_experience, score_responses
+from dschat_kit.models.loading import response_logits
+
+PPO = Ppo(kl_coef=0.3, missing_eos_score=-3.0)
+
+
+def alone(tensor):
+    return tensor
+
+
+@pytest.fixture(scope="module")
+def roles(tmp_path_factory):
+    path = folder(tmp_path_factory.mktemp("model"))
+    return Roles(actor=causal_lm(seed=0), ref=causal_lm(seed=1),
+                 critic=load_scalar_model(path, SETTINGS, 2, new_head=True),
+                 reward=load_scalar_model(path, SETTINGS, 3, new_head=True))
+
+
+@pytest.fixture(scope="module")
+def batch(roles):
+    return run(roles.actor, request(lengths=(3, 6, 4, 6, 5, 2)))
+
+
+def scored_of(roles, batch, micro=2, temperature=1.0):
+    return score_responses(roles, batch.input_ids, batch.attention_mask, batch.response_mask.shape[1], temperature, micro)
+
+
+def experience_of(roles, batch, global_sum=alone, **how):
+    return make_experience(batch.input_ids, batch.attention_mask, batch.response_mask, batch.finished,
+                           scored_of(roles, batch, **how), PPO, global_sum)
+
+
+def test_micro_batches_change_nothing(roles, batch):
+    one, six = (vars(scored_of(roles, batch, micro)) for micro in (1, 6))
+    assert all(torch.allclose(one[name], six[name], atol=1e-5) for name in one)
+
+
+def test_left_padding_changes_nothing(roles, batch):
+    padded = dataclasses.replace(batch, input_ids=torch.nn.functional.pad(batch.input_ids, (4, 0)),
+                                 attention_mask=torch.nn.functional.pad(batch.attention_mask, (4, 0)))
+    narrow, wide = vars(scored_of(roles, batch)), vars(scored_of(roles, padded))
+    for name in narrow:
+        mask = batch.response_mask if narrow[name].dim() == 2 else torch.ones(6, dtype=torch.bool)
+        assert torch.allclose(narrow[name][mask], wide[name][mask], atol=1e-5), name
+
+
+def test_each_role_says_its_own(roles, batch):
+    scored, A = scored_of(roles, batch), batch.response_mask.shape[1]
+    assert torch.allclose(scored.logprobs * batch.response_mask, batch.logprobs, atol=1e-4)
+    assert not torch.allclose(scored.ref_logprobs, scored.logprobs, atol=0.1)
+    with torch.no_grad():
+        assert torch.allclose(scored.scores, last_token(roles.reward(batch.input_ids, batch.attention_mask),
+                                                        batch.attention_mask), atol=1e-5)
+        assert torch.allclose(scored.values, roles.critic(batch.input_ids, batch.attention_mask)[:, -A - 1:-1], atol=1e-5)
+
+
+def test_temperature_reaches_actor_and_ref(roles, batch):
+    cold, A = scored_of(roles, batch, temperature=0.5), batch.response_mask.shape[1]
+    for model, found in ((roles.actor, cold.logprobs), (roles.ref, cold.ref_logprobs)):
+        with torch.no_grad():
+            logits = response_logits(model, batch.input_ids, batch.attention_mask, A)
+        assert torch.allclose(found, token_logprobs(logits / 0.5, batch.input_ids[:, -A:]), atol=1e-4)
+
+
+def test_first_minibatch_has_ratio_1_and_a_policy_equal_to_ref_has_no_kl(roles, batch):
+    experience = experience_of(dataclasses.replace(roles, ref=causal_lm(seed=0)), batch)
+    assert torch.equal(experience.logprobs, experience.ref_logprobs)
+    for part in experience.select([5, 0, 3, 1]).split(2):
+        logits = response_logits(roles.actor, part.sequences, part.attention_mask, part.response_mask.shape[1])
+        _, metrics = policy_loss(token_logprobs(logits, part.responses), part.logprobs, part.advantages,
+                                 part.response_mask, 0.2, part.response_mask.sum())
+        assert abs(float(metrics["ratio_max"]) - 1) < 1e-5 and abs(float(metrics["approx_kl"])) < 1e-5
+
+
+def test_rewards_are_scores_less_the_kl_penalty(roles, batch):
+    experience, mask = experience_of(roles, batch), batch.response_mask
+    expected_scores = torch.where(batch.finished, scored_of(roles, batch).scores.clamp(-5, 5), torch.tensor(-3.0))
+    assert torch.allclose(experience.scores, expected_scores)
+    kl = ((experience.logprobs - experience.ref_logprobs) * mask).sum(1)
+    assert torch.allclose(experience.rewards.sum(1), expected_scores - 0.3 * kl, atol=1e-4)
+
+
+def test_advantages_are_whitened_over_all_ranks(roles, batch):
+    """Two halves that share their sums must equal the whole."""
+    whole = experience_of(roles, batch)
+    kept = whole.advantages[batch.response_mask].double()
+    assert abs(float(kept.mean())) < 1e-5 and abs(float(kept.square().mean()) - 1) < 1e-3
+    moments = []
+    experience_of(roles, batch, global_sum=lambda m: moments.append(m) or m)
+    names = ("input_ids", "attention_mask", "response_mask", "logprobs", "finished", "response_start_idx")
+    for half in (slice(0, 3), slice(3, 6)):
+        part = dataclasses.replace(batch, **{name: getattr(batch, name)[half] for name in names})
+        shared = experience_of(roles, part, global_sum=lambda _: moments[0])
+        assert torch.allclose(shared.advantages, whole.advantages[half], atol=1e-4)
+        assert not torch.allclose(experience_of(roles, part).advantages, whole.advantages[half], atol=1e-2)
