@@ -44,37 +44,36 @@ class ChatSession:
 
     def ask(self, text: str, *, temperature: float = 0.0, seed: int = 0, remember: bool = False) -> str:
         """One answer. `remember` keeps question and answer as context of the next one."""
-        answer = self.ask_all([self.history + text if not self.history else f"{self.history}{HUMAN} {text}"],
-                              temperature=temperature, seed=seed)[0]
+        answer = self._answers([self._prompt(text)], temperature, seed)[0]
         if remember:
             self._remember(text, answer)
         return answer
 
-    @torch.no_grad()
     def ask_all(self, texts: list[str], *, temperature: float = 0.0, seed: int = 0) -> list[str]:
-        """Answers to several questions in one batch; a question may be a whole dialogue."""
-        if not texts or any(not text.strip() for text in texts):
-            raise RunError("got an empty question\n  expected: some text to answer")
-        prompts = [prompt_text(text) for text in texts]
+        """Answers to several questions in one batch; a question may be a whole dialogue. What is remembered plays no part."""
+        return self._answers([prompt_text(_asked(text)) for text in texts], temperature, seed)
+
+    @torch.no_grad()
+    def _answers(self, prompts: list[str], temperature: float, seed: int) -> list[str]:
         batch = self.tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1, padding_side="left",
                                add_special_tokens=False)
-        tokens = self.model.generate(**self._inputs(batch), **self._sampling(temperature, seed))
+        with torch.random.fork_rng(devices=[]):
+            tokens = self.model.generate(**self._inputs(batch), **self._sampling(temperature, seed))
         width = batch["input_ids"].shape[1]
         return [text.strip() for text in self.tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)]
 
     def stream(self, text: str, *, temperature: float = 0.0, seed: int = 0, remember: bool = True) -> Iterator[str]:
         """The answer piece by piece, as it is generated."""
         from transformers import TextIteratorStreamer
-        if not text.strip():
-            raise RunError("got an empty question\n  expected: some text to answer")
-        prompt = prompt_text(f"{self.history}{HUMAN} {text}" if self.history else text)
-        batch = self.tokenizer([prompt], return_tensors="pt", add_special_tokens=False)
+        batch = self.tokenizer([self._prompt(text)], return_tensors="pt", add_special_tokens=False)
+        inputs = self._inputs(batch)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
 
         def work():
             try:
-                self.model.generate(**self._inputs(batch), **self._sampling(temperature, seed), streamer=streamer)
+                with torch.random.fork_rng(devices=[]):
+                    self.model.generate(**inputs, **self._sampling(temperature, seed), streamer=streamer)
             except BaseException as error:  # handed to the reader below, who would wait for ever otherwise
                 failure.append(error)
                 streamer.end()
@@ -99,12 +98,23 @@ class ChatSession:
 
     def _sampling(self, temperature: float, seed: int) -> dict:
         torch.manual_seed(seed)
-        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
+        how = {"do_sample": temperature > 0}
+        if temperature > 0:
+            how |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
         return how | {"max_new_tokens": self.max_new_tokens, "pad_token_id": pad_id_of(self.tokenizer)}
 
+    def _prompt(self, question: str) -> str:
+        question = _asked(question)
+        return prompt_text(f"{self.history}{HUMAN} {question}" if self.history else question)
+
     def _remember(self, question: str, answer: str) -> None:
-        start = prompt_text(f"{self.history}{HUMAN} {question}" if self.history else question)
-        self.history = start + response_text(answer)
+        self.history = self._prompt(question) + response_text(answer)
+
+
+def _asked(text: str) -> str:
+    if not text.strip():
+        raise RunError("got an empty question\n  expected: some text to answer\n  change:   ask something")
+    return text
 
 
 def compare(sessions: dict[str, ChatSession], questions: list[str], **how) -> list[dict]:

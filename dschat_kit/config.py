@@ -7,8 +7,10 @@ change. Left out on purpose: command-line flags. A value is set by its path, `pp
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
+import operator
 import typing
 from dataclasses import dataclass, field
 
@@ -266,13 +268,13 @@ class Pipeline(Section):
     def config_hash(self, stage: str) -> str:
         """Hash of every setting that the results of `stage` depend on, those of earlier stages included."""
         names = {name for earlier in STAGES[:STAGES.index(stage) + 1] for name in _READS[earlier]}
-        seen = {name: value for name, value in self.to_dict().items() if name in names}
+        seen = {name: functools.reduce(operator.getitem, name.split("."), self.to_dict()) for name in sorted(names)}
         return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:16]
 
 
-_READS = {"data": ("data", "model", "seed"), "sft": ("lora", "zero", "sft"), "reward": ("reward",),
-          "ppo": ("ppo", "sampling", "rollout"), "chat": ()}
-"""Sections that a stage reads beside those of the stages before it."""
+_READS = {"data": ("data", "model.name", "model.vocab_size", "seed"), "sft": ("model", "lora", "zero", "sft"),
+          "reward": ("reward",), "ppo": ("ppo", "sampling", "rollout"), "chat": ()}
+"""What a stage reads beside what the stages before it read."""
 
 
 def _sections() -> dict[str, type]:

@@ -108,9 +108,9 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
 
 
 def test_too_many_positions_are_refused():
-    check_length(causal_lm().config, 64)
-    with pytest.raises(ConfigError, match="65 tokens"):
-        check_length(causal_lm().config, 65)
+    check_length(causal_lm().config, 128)
+    with pytest.raises(ConfigError, match="129 tokens"):
+        check_length(causal_lm().config, 129)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])

@@ -12,10 +12,10 @@ VOCABULARY = 300
 SETTINGS = Model(hidden_size=32, layers=2, heads=4, intermediate_size=64, vocab_size=VOCABULARY, dtype="fp32")
 SHAPES = {
     "llama": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                  intermediate_size=64, max_position_embeddings=64),
-    "opt": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, max_position_embeddings=64,
+                  intermediate_size=64, max_position_embeddings=128),
+    "opt": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, max_position_embeddings=128,
                 word_embed_proj_dim=32),
-    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=128),
 }
 
 

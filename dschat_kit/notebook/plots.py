@@ -67,11 +67,10 @@ def ppo_curves(run) -> Figure:
     _label(kl, "rollout", "KL to reference (nats)")
     _lines(length, rows, ("response_length", GREEN, "-", ""))
     _label(length, "rollout", "response (tokens)")
-    _lines(clipped, [{**row, "percent": 100 * (row.get("clip_fraction") or 0)} for row in rows],
-           ("percent", PINK, "-", ""))
+    length.set_ylim(0, 1.2 * max(_points(rows, "response_length")[1] or [1]))  # else half a token looks like a change
+    percent = [{"step": row["step"], "percent": 100 * (row.get("clip_fraction") or 0)} for row in rows]
+    _lines(clipped, percent, ("percent", PINK, "-", ""))
     _label(clipped, "rollout", "clipped ratios (%)")
-    for axes in (length, clipped) if rows else ():
-        axes.set_ylim(bottom=0)  # else a few tenths of a token look like a change
     label = f"PPO: {len(rows)} rollouts, last score {_last(rows, 'score_mean'):.3g}, KL {_last(rows, 'kl'):.3g}"
     return _named(figure, label if rows else "PPO: no rollout yet")
 
@@ -233,7 +232,7 @@ def _points(rows: list[dict], key: str) -> tuple[list, list]:
 
 
 def _lines(axes, rows: list[dict], *curves) -> None:
-    """Draw curves (key, colour, line style, label); few points get a marker, many become dots and their running mean."""
+    """Draw curves (key, colour, line style, label); few points get markers, many become dots and a running mean."""
     if not rows:
         _empty(axes.figure, axes)
     for key, colour, style, label in curves:
@@ -241,8 +240,8 @@ def _lines(axes, rows: list[dict], *curves) -> None:
         if len(steps) > 100:
             axes.scatter(steps, values, 3, color=colour, alpha=0.35, linewidths=0)
             half = len(steps) // 80
-            values = [sum(near) / len(near) for i in range(len(steps)) if (near := values[max(0, i - half):i + half + 1])]
-            label += label and f" (mean of {2 * half + 1})"
+            near = [values[max(0, i - half):i + half + 1] for i in range(len(steps))]
+            values, label = [sum(some) / len(some) for some in near], label and f"{label} (mean of {2 * half + 1})"
         axes.plot(steps, values, color=colour, linestyle=style, label=label or None, linewidth=1.8,
                   marker="o" if len(steps) <= 30 else "", markersize=4)
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -252,12 +251,12 @@ def _lines(axes, rows: list[dict], *curves) -> None:
 
 def _draw_sft(axes, rows: list[dict]) -> None:
     _lines(axes, rows, ("loss", BLUE, "-", "batch"), ("eval_loss", ORANGE, "--", "held out"))
-    low, high = min(values := [v for key in ("loss", "eval_loss") for v in _points(rows, key)[1]] or [1]), max(values)
-    if 0 < 4 * low < high:  # so that the plateau after a steep fall can be read
+    values = _points(rows, "loss")[1] or [1]
+    steep = 0 < 4 * min(values) < max(values)
+    if steep:  # else the plateau after the fall cannot be read
         axes.set_yscale("log", subs=[])
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-    _label(axes, STEP, "loss (nats per token)")
+        axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+    _label(axes, STEP, "loss (nats per token, log)" if steep else "loss (nats per token)")
 
 
 def _draw_accuracy(axes, rows: list[dict], result: dict) -> None:

@@ -109,7 +109,7 @@ def begin_cell(stage: str, *, preset: str, run_root: str, set_: str | None, laun
 
 
 def _short_cell_errors() -> None:
-    """A `%%bash` cell that fails says so in a line: IPython's traceback repeats the cell, and stumbles over an interrupt."""
+    """A failed `%%bash` cell says so in one line: IPython would repeat the cell, and stumble over an interrupt."""
     if "IPython" not in sys.modules or (shell := sys.modules["IPython"].get_ipython()) is None:
         return
 

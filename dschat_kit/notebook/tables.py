@@ -1,4 +1,4 @@
-"""Small tables of a notebook: facts with their numbers, rows side by side, a browser of records with a static fallback."""
+"""Small tables of a notebook: facts with their numbers, rows side by side, a browser of records."""
 
 import html
 import os
@@ -21,7 +21,8 @@ def table(rows: list[dict], wide: bool = True) -> Table:
     if not rows:
         return Table("<p>nothing yet</p>", "nothing yet")
     head = "".join(f'<th style="text-align:left">{html.escape(str(name))}</th>' for name in rows[0])
-    body = "".join("<tr>" + "".join(_CELL.format(html.escape(str(value))) for value in row.values()) + "</tr>" for row in rows)
+    lines = ("".join(_CELL.format(html.escape(str(value))) for value in row.values()) for row in rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
     style = 'class="tex2jax_ignore"' + (' style="width:100%;table-layout:fixed"' if wide else ' style="margin-left:0"')
     text = "\n\n".join("\n".join(f"{name}: {value}" for name, value in row.items()) for row in rows) if wide else \
         "\n".join("  ".join(map(str, row.values())) for row in rows)
