@@ -24,7 +24,7 @@ READING_ORDER = (
     "chat",
     "notebook.processes", "notebook.lines", "notebook.report", "notebook.launch", "notebook.stage", "notebook.progress",
     "notebook.show", "notebook.tables", "notebook.plots", "notebook.monitor", "notebook.execute",
-    "notebook.checks", "notebook.diagnosis", "notebook.doctor",
+    "notebook.diagnosis", "notebook.doctor",
     "cli",
 )
 

@@ -39,7 +39,8 @@ class ChatSession:
         for run in runs:
             if (run.model_dir / "config.json").exists():
                 return cls(run.model_dir, **{"max_new_tokens": _length(run)} | options)
-        raise RunError(f"{Path(run_root).absolute()} has no exported model of {' or '.join(run.stage for run in runs)}\n"
+        stages = " or ".join(run.stage for run in runs)
+        raise RunError(f"{Path(run_root).absolute()} has no exported model of {stages}\n"
                        f"  change: dschat run --run-root {run_root}, or name another run")
 
     def ask(self, text: str, *, temperature: float = 0.0, seed: int = 0, remember: bool = False) -> str:
@@ -50,7 +51,7 @@ class ChatSession:
         return answer
 
     def ask_all(self, texts: list[str], *, temperature: float = 0.0, seed: int = 0) -> list[str]:
-        """Answers to several questions in one batch; a question may be a whole dialogue. What is remembered plays no part."""
+        """Answers to several questions in one batch, without what is remembered; one may be a whole dialogue."""
         return self._answers([prompt_text(_asked(text)) for text in texts], temperature, seed)
 
     @torch.no_grad()
@@ -74,7 +75,7 @@ class ChatSession:
             try:
                 with torch.random.fork_rng(devices=[]):
                     self.model.generate(**inputs, **self._sampling(temperature, seed), streamer=streamer)
-            except BaseException as error:  # handed to the reader below, who would wait for ever otherwise
+            except BaseException as error:  # noqa: BLE001  handed to the reader below, who would wait for ever otherwise
                 failure.append(error)
                 streamer.end()
         thread = threading.Thread(target=work, daemon=True)
@@ -92,8 +93,9 @@ class ChatSession:
     def _inputs(self, batch) -> dict:
         limit, width = getattr(self.model.config, "max_position_embeddings", None), batch["input_ids"].shape[1]
         if limit and width + self.max_new_tokens > limit:
-            raise RunError(f"got {width} tokens of dialogue and {self.max_new_tokens} to answer\n  expected: at most {limit} "
-                           "together, the model's positions\n  change: a shorter question, or a new session")
+            raise RunError(f"got {width} tokens of dialogue and {self.max_new_tokens} to answer\n"
+                           f"  expected: at most {limit} together, the model's positions\n"
+                           "  change:   a shorter question, or a new session")
         return {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
     def _sampling(self, temperature: float, seed: int) -> dict:
@@ -120,7 +122,8 @@ def _asked(text: str) -> str:
 def compare(sessions: dict[str, ChatSession], questions: list[str], **how) -> list[dict]:
     """One row a question: {"question", name: answer, ...} for models side by side."""
     answers = {name: session.ask_all(questions, **how) for name, session in sessions.items()}
-    return [{"question": question, **{name: rows[i] for name, rows in answers.items()}} for i, question in enumerate(questions)]
+    return [{"question": question, **{name: rows[i] for name, rows in answers.items()}}
+            for i, question in enumerate(questions)]
 
 
 def record(run: StageRun, rows: list[dict]) -> None:

@@ -56,8 +56,9 @@ def test_logprobs_of_the_sampler_are_those_of_a_forward_pass(model, temperature)
 def test_same_row_seed_gives_the_same_tokens_whatever_the_batch_mates_and_the_padding(model):
     together = responses(run(model, request()))
     padded = responses(run(model, request(pad=5)))
-    alone = [responses(run(model, KitRequest(**{name: getattr(request(), name)[i:i + 1] for name in
-                                               ("prompt_ids", "prompt_attention_mask", "row_seeds")})))[0] for i in range(4)]
+    names = ("prompt_ids", "prompt_attention_mask", "row_seeds")
+    rows = [KitRequest(**{name: getattr(request(), name)[i:i + 1] for name in names}) for i in range(4)]
+    alone = [responses(run(model, row))[0] for row in rows]
     assert together == padded == alone
     assert together != responses(run(model, request(seeds=(10, 11, 12, 13))))
 
@@ -74,8 +75,8 @@ def test_it_samples_and_is_not_greedy_by_accident(model):
 def test_greedy_is_what_transformers_generates(model):
     asked = request()
     batch = run(model, asked, replace(SAMPLING, temperature=0.0, stop_token_ids=()))
-    theirs = model.generate(input_ids=asked.prompt_ids, attention_mask=asked.prompt_attention_mask.long(), do_sample=False,
-                            max_new_tokens=12, eos_token_id=None, pad_token_id=0)
+    theirs = model.generate(input_ids=asked.prompt_ids, attention_mask=asked.prompt_attention_mask.long(),
+                            do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0)
     assert torch.equal(batch.input_ids, theirs)
 
 

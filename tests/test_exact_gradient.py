@@ -41,7 +41,7 @@ def exact_gradient(table, tokens, mask):
     table = table.clone().requires_grad_()
     logprobs, ref = (logprobs_of(t, tokens) * mask for t in (table, REF))
     p = logprobs.sum(1).exp()
-    assert abs(float(p.sum()) - 1) < 1e-5
+    assert abs(p.sum().item() - 1) < 1e-5
     (p * (reward_of(tokens, mask) - BETA * (logprobs - ref).sum(1))).sum().backward()
     return table.grad
 

@@ -103,7 +103,8 @@ def test_an_hour_of_output_stays_readable():
     view, shown = View(), []
     for second in range(3600 * 5):
         view.add(b"step %d\n" % second)
-        shown += view.due(now=second / 5)
+        if line := view.due(now=second / 5):
+            shown.append(line)
     assert 200 < len(shown) < 600
 
 
@@ -220,8 +221,8 @@ def test_user_errors_are_shown_once_and_kept(stage):
     done = run([*PY, f"import sys; sys.stderr.write('{message}' * 2); sys.exit(2)", "--run", str(stage)])
     assert done.returncode == 2
     assert done.stderr.decode().count("line 2: no JSON") == 1 and "change: mend it" in done.stderr.decode()
-    assert status(stage) | {"updated": 0} == {"state": "failed", "step": 3, "total": 9, "updated": 0,
-                                              "error": "rows.jsonl, line 2: no JSON"}
+    assert {"state": "failed", "step": 3, "total": 9, "error": "rows.jsonl, line 2: no JSON"}.items() <= \
+        status(stage).items()
 
 
 def test_status_of_a_finished_stage_is_left_alone(stage):

@@ -84,6 +84,10 @@ def _without_weights(path):
     (path / "model.safetensors").unlink()
 
 
+def _backbone(path):
+    causal_lm().model.save_pretrained(path)
+
+
 def _reward_model(path):
     folder(path)
     load_scalar_model(path, SETTINGS, 0, new_head=True).classifier.save_pretrained(path)
@@ -91,7 +95,7 @@ def _reward_model(path):
 
 @pytest.mark.parametrize("make", [
     lambda path: _bert(path, AutoModelForMaskedLM), lambda path: _bert(path, AutoModelForSequenceClassification),
-    _damaged, _without_weights, _reward_model, lambda path: path.mkdir(), lambda path: None,
+    _damaged, _without_weights, _backbone, _reward_model, lambda path: path.mkdir(), lambda path: None,
     lambda path: AutoConfig.for_model("t5").save_pretrained(path)])
 def test_what_is_no_causal_language_model_is_a_config_error(make, tmp_path):
     make(tmp_path / "model")
@@ -137,5 +141,6 @@ def test_a_scalar_head_is_trained_beside_the_adapters(tmp_path):
     model = load_scalar_model(folder(tmp_path), SETTINGS, 0, new_head=True)
     assert add_adapters(model, Lora(rank=0), 0) is model and all(p.requires_grad for p in model.parameters())
     add_adapters(model, Lora(rank=4), seed=0)
-    trained = {name.split(".")[-3] if "lora" in name else name for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name.split(".")[-3] if "lora" in name else name for name, p in model.named_parameters()
+               if p.requires_grad}
     assert trained == {"classifier.score.weight", "lora_A", "lora_B"}

@@ -28,11 +28,11 @@ def test_logprobs_are_those_of_the_temperature_and_in_fp32():
 
 
 def test_preference_loss_is_minus_log_sigmoid_of_the_margin():
-    chosen, rejected = torch.tensor([2.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 1.0])
+    chosen, rejected = torch.tensor([3.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 1.0])
     loss, metrics = preference_loss(chosen, rejected, 3)
     assert torch.allclose(loss, -torch.sigmoid(chosen - rejected).log().mean())
     assert float(metrics["accuracy"]) == pytest.approx(0.5)  # right, wrong, a tie that counts half
-    assert float(metrics["margin"]) == pytest.approx(0.0)
+    assert float(metrics["margin"]) == pytest.approx(1 / 3)
 
 
 def test_policy_loss_clips_only_what_would_go_too_far():

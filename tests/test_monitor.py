@@ -42,6 +42,18 @@ def test_a_stage_is_followed_from_waiting_to_its_end(tmp_path):
     assert follow.poll().text().endswith("failed: no rows") and follow.over
 
 
+def test_time_left_follows_the_pace_not_the_slow_start(tmp_path, monkeypatch):
+    stage, begun = tmp_path / "sft", time.time()
+    set_status(stage, "running", 10, total=100, started=begun - 60)  # a minute to load, the steps come after it
+    follow = Follow(stage)
+    assert follow.poll().eta == pytest.approx(540, abs=5)
+    monkeypatch.setattr(time, "time", lambda: begun + 10)
+    set_status(stage, "running", 20, total=100, started=begun - 60)
+    assert follow.poll().eta == pytest.approx(80, abs=1)
+    set_status(stage, "running", 0, total=100)
+    assert follow.poll().text() == "sft  step 0/100  starting"
+
+
 def test_running_without_anybody_at_work_is_interrupted(tmp_path):
     stage = tmp_path / "sft"
     set_status(stage, "running", 2, updated=time.time() - 100)

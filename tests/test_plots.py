@@ -45,6 +45,15 @@ def test_curves_are_the_metrics(root):
     assert len(set(styles)) == len(styles)  # not told apart by colour alone
 
 
+def test_many_noisy_steps_are_dots_and_a_running_mean(root):
+    rows = read_metrics(root / "reward/metrics.jsonl")
+    loss, *_ = plots.reward_training(root / "reward").axes
+    dots, mean = loss.collections[0].get_offsets()[:, 1], loss.lines[0].get_ydata()
+    assert list(dots) == pytest.approx([row["loss"] for row in rows]) and len(mean) == len(rows) > 100
+    assert mean[50] == pytest.approx(sum(dots[49:52]) / 3)
+    assert loss.get_legend().get_texts()[0].get_text() == "batch (mean of 3)"
+
+
 def test_time_split_adds_up(root):
     label = plots.ppo_time_split(root / "ppo").get_label()
     shares = [int(word.rstrip("%,")) for word in label.split() if word.rstrip(",").endswith("%")]

@@ -4,14 +4,14 @@ import dataclasses
 
 import pytest
 import torch
-from test_decode import SAMPLING, request, run
+from test_decode import request, run
 from tiny_models import SETTINGS, causal_lm, folder
 
 from dschat_kit.config import Ppo
+from dschat_kit.models.loading import response_logits
 from dschat_kit.models.scalar_model import last_token, load_scalar_model
 from dschat_kit.rlhf.losses import policy_loss, token_logprobs
 from dschat_kit.rlhf.rollout import Roles, make_experience, score_responses
-from dschat_kit.models.loading import response_logits
 
 PPO = Ppo(kl_coef=0.3, missing_eos_score=-3.0)
 
@@ -34,7 +34,8 @@ def batch(roles):
 
 
 def scored_of(roles, batch, micro=2, temperature=1.0):
-    return score_responses(roles, batch.input_ids, batch.attention_mask, batch.response_mask.shape[1], temperature, micro)
+    return score_responses(roles, batch.input_ids, batch.attention_mask, batch.response_mask.shape[1], temperature,
+                           micro)
 
 
 def experience_of(roles, batch, global_sum=alone, **how):
@@ -63,7 +64,8 @@ def test_each_role_says_its_own(roles, batch):
     with torch.no_grad():
         assert torch.allclose(scored.scores, last_token(roles.reward(batch.input_ids, batch.attention_mask),
                                                         batch.attention_mask), atol=1e-5)
-        assert torch.allclose(scored.values, roles.critic(batch.input_ids, batch.attention_mask)[:, -A - 1:-1], atol=1e-5)
+        assert torch.allclose(scored.values, roles.critic(batch.input_ids, batch.attention_mask)[:, -A - 1:-1],
+                              atol=1e-5)
 
 
 def test_temperature_reaches_actor_and_ref(roles, batch):

@@ -12,7 +12,8 @@ from dschat_kit.models.scalar_model import last_token, load_scalar_model, respon
 
 @pytest.fixture(scope="module", params=["llama", "opt", "gpt2"])
 def model(request, tmp_path_factory):
-    return load_scalar_model(folder(tmp_path_factory.mktemp(request.param), request.param), SETTINGS, 0, new_head=True).eval()
+    path = folder(tmp_path_factory.mktemp(request.param), request.param)
+    return load_scalar_model(path, SETTINGS, 0, new_head=True).eval()
 
 
 def padded(rows, left, right):

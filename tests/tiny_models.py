@@ -27,8 +27,8 @@ def tokenizer():
 def causal_lm(architecture: str = "llama", seed: int = 0):
     """A random causal language model without dropout, its weights large enough to give peaked distributions."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(architecture, vocab_size=VOCABULARY, pad_token_id=0, eos_token_id=1, bos_token_id=None,
-                                  **SHAPES[architecture])
+    config = AutoConfig.for_model(architecture, vocab_size=VOCABULARY, pad_token_id=0, eos_token_id=1,
+                                  bos_token_id=None, **SHAPES[architecture])
     for name in ("dropout", "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"):
         if hasattr(config, name):
             setattr(config, name, 0.0)

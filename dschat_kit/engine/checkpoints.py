@@ -11,9 +11,13 @@ from dschat_kit.runs import RunError, read_json, write_json
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
 
-def save_checkpoint(folder: Path, engines: dict[str, deepspeed.DeepSpeedEngine], keep: int, *, step: int, elapsed: float,
-                    state: dict) -> None:
-    """Every rank calls it after `step` steps and `elapsed` seconds. A crash in between leaves the previous checkpoint valid.
+TORCH_WRITERS = ("PytorchStreamWriter", "inline_container")
+"""What torch names when a disk takes no more: it raises no OSError."""
+
+
+def save_checkpoint(folder: Path, engines: dict[str, deepspeed.DeepSpeedEngine], keep: int, *, step: int,
+                    elapsed: float, state: dict) -> None:
+    """Every rank calls it after `step` steps and `elapsed` seconds. A crash in between leaves the previous one valid.
 
     `state` is whatever JSON the stage needs to go on. Raises RunError when there is no room.
     """
@@ -28,10 +32,10 @@ def save_checkpoint(folder: Path, engines: dict[str, deepspeed.DeepSpeedEngine],
         for role, engine in engines.items():
             engine.save_checkpoint(str(temporary / role), tag="state", exclude_frozen_parameters=False)
     except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in TORCH_WRITERS):
             raise
-        raise RunError(f"cannot write {temporary}: {str(error).splitlines()[0]}\n  change: free space, or "
-                       "--set checkpoint.every_steps=0") from error
+        raise RunError(f"cannot write {temporary}: the disk may be full ({str(error).splitlines()[0]})\n"
+                       "  change: free space, or --set checkpoint.every_steps=0") from error
     if main:
         write_json(temporary / "state.json", {"step": step, "world_size": dist.get_world_size(), "elapsed": elapsed,
                                               "state": state})
@@ -46,8 +50,8 @@ def save_checkpoint(folder: Path, engines: dict[str, deepspeed.DeepSpeedEngine],
 
 
 def load_checkpoint(folder: Path, engines: dict[str, deepspeed.DeepSpeedEngine]) -> dict | None:
-    """What was saved beside the newest checkpoint, {"step", "elapsed", "state", ...}, after loading it into the engines;
-    None when there is none. Raises RunError when it is damaged or of another number of ranks."""
+    """What was saved beside the newest checkpoint, {"step", "elapsed", "state", ...}, after loading it into the
+    engines; None when there is none. Raises RunError when it is damaged or of another number of ranks."""
     if not (folder / "latest").exists():
         return None
     place = folder / read_json(folder / "latest")

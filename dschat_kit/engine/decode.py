@@ -51,7 +51,8 @@ def _filtered(logits: Tensor, sampling: KitSampling) -> Tensor:
 
 
 @torch.no_grad()
-def decode(model: nn.Module, request: KitRequest, sampling: KitSampling, keep_going: Callable[[bool], bool]) -> KitBatch:
+def decode(model: nn.Module, request: KitRequest, sampling: KitSampling,
+           keep_going: Callable[[bool], bool]) -> KitBatch:
     """Sample until every row has stopped or max_new_tokens are there.
 
     `keep_going(unfinished)` decides after each step: under ZeRO-3 every rank has to make the same number of forward

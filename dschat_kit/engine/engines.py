@@ -1,5 +1,7 @@
 """Models -> DeepSpeed engines: trained ones with an optimiser, frozen ones without."""
 
+import math
+
 import deepspeed
 import torch
 from torch import nn
@@ -11,13 +13,14 @@ __all__ = ["build_engine", "freeze", "grad_norm", "learning_rate", "set_learning
 
 
 def build_engine(model: nn.Module, pipeline: Pipeline, *, lr: float, batch_size: int, micro_batch_size: int,
-                 world_size: int, grad_clip: float, weight_decay: float = 0.0, eps: float = 1e-8) -> deepspeed.DeepSpeedEngine:
+                 world_size: int, grad_clip: float, weight_decay: float = 0.0,
+                 eps: float = 1e-8) -> deepspeed.DeepSpeedEngine:
     """A training engine of the weights that require gradients; one optimiser step is batch_size rows over all ranks,
     micro_batch_size at a time on each."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=weight_decay, fused=True)
-    config = deepspeed_config(pipeline.zero, pipeline.model.dtype, micro_batch_size=micro_batch_size, grad_clip=grad_clip,
-                              accumulation=batch_size // (micro_batch_size * world_size))
+    config = deepspeed_config(pipeline.zero, pipeline.model.dtype, micro_batch_size=micro_batch_size,
+                              accumulation=batch_size // (micro_batch_size * world_size), grad_clip=grad_clip)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=parameters, config=config)
     if engine.zero_optimization_stage() == 0 and pipeline.model.dtype == "fp32":
         def clip() -> None:  # as DeepSpeed's own in this case, which forgets the norm
@@ -50,9 +53,9 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
 
 def learning_rate(base: float, step: int, steps: int, warmup: float, minimum: float, shape: str) -> float:
     """Linear warm-up over the share `warmup` of the steps, then down to `minimum` * base as `cosine` or `linear`."""
-    rising = warmup * steps
+    rising = int(warmup * steps)
     if step < rising:
-        return base * (step + 1) / rising if rising >= 1 else base
+        return base * (step + 1) / rising
     progress = (step - rising) / max(steps - rising, 1)
-    fall = 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item()) if shape == "cosine" else 1 - progress
+    fall = 0.5 * (1 + math.cos(math.pi * progress)) if shape == "cosine" else 1 - progress
     return base * (minimum + (1 - minimum) * fall)

@@ -18,7 +18,8 @@ class KitRequest(RolloutRequest):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.row_seeds is not None and self.row_seeds.shape != self.prompt_ids.shape[:1]:
-            raise ValueError(f"row_seeds: got shape {tuple(self.row_seeds.shape)}, expected ({self.prompt_ids.shape[0]},)")
+            raise ValueError(f"row_seeds: got shape {tuple(self.row_seeds.shape)}, "
+                             f"expected ({self.prompt_ids.shape[0]},)")
 
 
 @dataclass

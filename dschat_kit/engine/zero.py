@@ -10,8 +10,8 @@ __all__ = ["full_state_dict"]
 def full_state_dict(module: nn.Module, is_main: bool) -> dict[str, torch.Tensor]:
     """Whole weights of `module` on the CPU of the main rank; other ranks get {}.
 
-    Every rank has to call it: under ZeRO-3 each parameter is gathered for a moment, one at a time. Tied weights stay one
-    tensor with two names.
+    Every rank has to call it: under ZeRO-3 each parameter is gathered for a moment, one at a time. Tied weights stay
+    one tensor with two names.
     """
     if not any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
         return {name: value.detach().cpu() for name, value in module.state_dict().items()} if is_main else {}

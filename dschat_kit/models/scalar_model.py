@@ -53,7 +53,8 @@ def load_scalar_model(source: str | Path, settings: Model, seed: int, new_head: 
     """A scalar model from a folder. `new_head` draws the head from N(0, 1/(d+1)) (Stiennon et al. 2020) over any
     causal model's backbone; otherwise the folder must hold a trained head. Raises ConfigError for another folder."""
     from transformers import AutoModelForSequenceClassification
-    config, expected = load_config(source), "a whole model folder of a family with a sequence classifier in transformers"
+    expected = "a whole model folder of a family with a sequence classifier in transformers"
+    config = load_config(source)
     config.num_labels = 1
     if config.pad_token_id == config.eos_token_id:
         config.pad_token_id = None  # plain transformers would read the score before EOS, taking EOS for padding

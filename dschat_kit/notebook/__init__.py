@@ -2,9 +2,9 @@
 
 Nothing here imports torch, deepspeed or transformers: a notebook kernel must never hold the memory of an accelerator.
   launch.py     the prefix command `dschat launch -- deepspeed ...`
-  processes.py  find and end every process of a job (Linux, through /proc)
+  processes.py  find and end every process of a job
   report.py     what a job leaves: launch.log, the readable part of its output, an honest status.json
-  lines.py      from raw output to whole lines, and which of them a reader is shown
+  lines.py      which lines of its output a reader is shown
   monitor.py    live view of a stage in JupyterLab and in a terminal
   progress.py   how far a stage or a chain is, as data and as a line of text
   plots.py      one matplotlib function a figure

@@ -11,15 +11,15 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from dschat_kit.machine import detect
-from dschat_kit.notebook.lines import Lines, View
-from dschat_kit.notebook.processes import Ending, guard
+from dschat_kit.notebook.lines import View
+from dschat_kit.notebook.processes import Ending, guard, handling
 from dschat_kit.notebook.report import Report, settle_status
-from dschat_kit.runs import RunError
+from dschat_kit.runs import RunError, StageRun
 
 TAG = "DSCHAT_LAUNCH_TAG"
 SHARED_PORT = ("--master_port", "--hostfile", "-H", "--num_nodes", "--node_rank")  # several nodes need one known port
@@ -31,40 +31,41 @@ def launch(argv: list[str]) -> int:
 
     128 + the signal where one ended it, 2 where it cannot be started: nothing to run, folder in use or missing.
     """
-    if not sys.platform.startswith("linux"):
-        print(f"error: dschat launch needs Linux, got {sys.platform}\n  change: open the checkout in its devcontainer, "
-              "or run the command after `--` without it", file=sys.stderr)
-        return 2
     argv = argv[1:] if argv[:1] == ["--"] else list(argv)
-    if not argv:
-        print("error: dschat launch: got no command\n  expected: dschat launch -- deepspeed --module ... --run RUN",
-              file=sys.stderr)
-        return 2
     sys.stdout.flush()
     try:
-        return Job(argv, run_folder(argv)).run()
+        if not sys.platform.startswith("linux"):
+            raise RunError(f"dschat launch needs Linux, got {sys.platform}\n  change: open the checkout in its "
+                           "devcontainer, or run the command after `--` without it")
+        if not argv:
+            raise RunError("dschat launch: got no command\n  expected: dschat launch -- deepspeed ... --run RUN")
+        return Job(argv, stage_run(argv)).run()
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def run_folder(argv: list[str]) -> Path | None:
+def option(argv: list[str], *names: str) -> str | None:
+    """The value of one of `names` in a command, written `--name value` or `--name=value`; None without it."""
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, given, value = word.partition("=")
+        if name in names:
+            return value if given else following
+    return None
+
+
+def stage_run(argv: list[str]) -> StageRun | None:
     """The folder after `--run` in the command, None without one. Raises RunError when it does not exist."""
-    value = next((argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--run"), None)
-    value = next((word[len("--run="):] for word in argv if word.startswith("--run=")), value)
-    if value is None:
-        return None
-    folder = Path(value).absolute()
-    if not folder.is_dir():
+    value = option(argv, "--run")
+    if value is not None and not Path(value).is_dir():
         raise RunError(f"--run: got {value!r}, which is no folder\n  expected: a prepared stage folder such as "
                        "runs/tiny/ppo\n  change: run the notebook's earlier cells, or `dschat run`")
-    return folder
+    return None if value is None else StageRun(Path(value))
 
 
 def child_command(argv: list[str], port: int) -> list[str]:
     """The command with a port of its own where DeepSpeed would take the default that collides."""
-    named = any(word.split("=")[0] in SHARED_PORT for word in argv)
-    if Path(argv[0]).name != "deepspeed" or named:
+    if Path(argv[0]).name != "deepspeed" or option(argv, *SHARED_PORT) is not None:
         return argv
     return [argv[0], "--master_port", str(port), *argv[1:]]
 
@@ -72,12 +73,12 @@ def child_command(argv: list[str], port: int) -> list[str]:
 def child_environment(argv: list[str], port: int) -> dict[str, str]:
     """os.environ with what a job needs; what the user has set stays, except that our programs come first on PATH."""
     machine = detect()
-    ranks = next((int(value) for word, value in zip(argv, argv[1:], strict=False)
-                  if word in ("--num_gpus", "--num_accelerators") and value.isdigit()), 1)
+    ranks = option(argv, "--num_gpus", "--num_accelerators") or ""
     defaults = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1",
                 "OMP_WAIT_POLICY": "passive", "MASTER_PORT": str(port)}
     if machine.accelerator == "cpu":
-        defaults |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, machine.cores // max(1, ranks)))}
+        threads = machine.cores // max(1, int(ranks) if ranks.isdigit() else 1)
+        defaults |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, threads))}
     own = str(Path(sys.executable).parent)  # not resolved: a venv's python is a link out of the venv
     return {**defaults, **os.environ, "PATH": f"{own}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
 
@@ -87,11 +88,8 @@ def free_port() -> int:
     if os.environ.get("MASTER_PORT", "").isdigit():
         return int(os.environ["MASTER_PORT"])
     for port in random.Random().sample(range(20000, 32000), 100):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
             return port
     raise RunError("no free port between 20000 and 32000\n  change: end other jobs, or set MASTER_PORT")
 
@@ -99,81 +97,64 @@ def free_port() -> int:
 class Job:
     """One running command: its output, the reasons to end it, and its end."""
 
-    def __init__(self, argv: list[str], folder: Path | None):
-        self.argv, self.folder = argv, folder
-        self.tag = f"{TAG}={uuid.uuid4().hex}"
+    def __init__(self, argv: list[str], run: StageRun | None):
+        self.argv, self.stage = argv, run
+        self.mark = f"{TAG}={uuid.uuid4().hex}"
         self.parent = os.getppid()
-        self.reason, self.asked_at, self.code = "", 0.0, 0  # why it is being ended, by whom, with which exit code
-        self.quiet, self.ending = False, None
-        self.lines, self.view = Lines(), View()
+        self.reason, self.code = "", 0  # why it is being ended, and the exit code of that
+        self.in_error, self.quiet, self.ending = False, False, None
+        self.part, self.view = b"", View()  # of a line that has no newline yet
 
     def run(self) -> int:
         """Start, forward, end, report; returns the exit code."""
         port = free_port()
-        environment = child_environment(self.argv, port) | dict([self.tag.split("=")])
-        self.report = Report(self.folder, self.argv)
-        with self.report:
-            watched = guard(self.tag, self.report.lock_fd,
-                            lambda: settle_status(self.folder, "interrupted", "its launcher was killed"))
-            before = {number: signal.signal(number, self._asked) for number in ENDS
-                      if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP}
-            try:
-                return self._run(child_command(self.argv, port), environment)
-            finally:
-                for number, handler in before.items():
-                    signal.signal(number, handler)
-                os.close(watched)
+        environment = child_environment(self.argv, port) | dict([self.mark.split("=")])
 
-    def _run(self, command: list[str], environment: dict[str, str]) -> int:
-        try:
-            self.child = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                          stderr=subprocess.STDOUT, start_new_session=True)
-        except OSError as error:
-            self.report.error(f"error: cannot start {command[0]!r}: {error.strerror}\n  expected: a program in "
-                              f"{Path(sys.executable).parent} or on PATH")
-            return self.report.finish(127, "", self.view)
-        self._forward()
-        code = self.child.wait()
-        code = 128 - code if code < 0 else code
-        return self.report.finish(self.code or code, self.reason, self.view)
+        def launcher_killed():
+            settle_status(self.stage, "interrupted", "its launcher was killed")
+
+        with (Report(self.stage, self.argv) as self.report, guard(self.mark, launcher_killed),
+              handling(self._asked, *ENDS)):
+            command, pipe = child_command(self.argv, port), subprocess.PIPE
+            try:
+                self.child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=subprocess.STDOUT,
+                                              env=environment, start_new_session=True)
+            except OSError as error:
+                self.report.error(f"error: cannot start {command[0]!r}: {error.strerror}\n  expected: a program in "
+                                  f"{Path(sys.executable).parent} or on PATH")
+                return self.report.finish(127, "", self.view)
+            self._forward()
+            code = self.child.wait()
+            return self.report.finish(self.code or (128 - code if code < 0 else code), self.reason, self.view)
 
     def _asked(self, signum: int, _frame) -> None:
-        hurried = signum == signal.SIGINT and self.ending and time.monotonic() - self.asked_at > 1
         self._end(ENDS[signum], 128 + signum)
-        if hurried:  # a second Ctrl-C: do not wait for what the first one asked
-            self.ending.hurry()
-            self.asked_at = time.monotonic()
 
-    def _end(self, reason: str, code: int) -> None:
+    def _end(self, reason: str, code: int, **how) -> None:
+        """Begin to end the job; `reason` is "" for what it left behind when it ended by itself."""
         if not self.reason:
-            self.reason, self.code, self.asked_at = reason, code, time.monotonic()
-            grace = float(os.environ.get("DSCHAT_GRACE", "10"))  # seconds a training gets to write its checkpoint
-            self.ending = Ending(self.tag, waits=(0.6 * grace, 0.4 * grace))
+            self.reason, self.code, self.ending = reason, code, Ending(self.mark, **how)
+            self.report.ending()
 
     def _forward(self) -> None:
         """Forward output until the job has ended and none of its processes is left."""
         source, poller = self.child.stdout.fileno(), select.poll()
         os.set_blocking(source, False)
         poller.register(source, select.POLLIN)
-        gone_at = None
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         while True:
-            ready = dict(poller.poll(200))
-            if source in ready and not self._read(source):
+            if poller.poll(200) and not self._read(source):
                 poller.unregister(source)
-            self.report.show(self.view.due())
-            if self.report.reader_gone:
-                self._end("the notebook's kernel or terminal is gone", 129)
-            elif os.getppid() != self.parent and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
-                self._end("the shell that started it is gone", 129)
-            if self.child.poll() is not None and gone_at is None:
-                gone_at = time.monotonic()
-                self.ending = self.ending or Ending(self.tag, waits=(2.0, 2.0), first=0.5)
-            if self.ending:
-                self.report.ending()
-                if self.ending.step() and gone_at is not None and not self._read(source):
-                    break
-        if rest := self.lines.rest():
-            self._line(rest)
+            self.report.show(self.view)
+            if self.report.reader_gone or os.getppid() != self.parent and not nohup:
+                self._end("the kernel, terminal or shell that started it is gone", 129)
+            ended = self.child.poll() is not None
+            if ended and not self.ending:
+                self._end("", 0, first=0.5, seconds=4.0)
+            if self.ending and self.ending.step() and ended and not self._read(source):
+                break
+        if self.part:
+            self._line(self.part + b"\n")
 
     def _read(self, source: int) -> bool:
         """Take what the job has written; False when nothing is there any more."""
@@ -181,21 +162,23 @@ class Job:
             data = os.read(source, 1 << 16)
         except BlockingIOError:
             return False
-        for line in self.lines.feed(data):
-            self._line(line)
+        *whole, self.part = (self.part + data).split(b"\n")
+        if len(self.part) > 1 << 20:  # so that memory stays bounded
+            whole, self.part = [*whole, self.part], b""
+        for line in whole:
+            self._line(line + b"\n")
         return bool(data)
 
     def _line(self, raw: bytes) -> None:
         self.report.log(raw)
         text = raw.decode("utf-8", errors="replace").rstrip()
-        if text.startswith("error: ") or (self.report.in_error and text.startswith("  ")):
-            self.report.error(text)
-            return
-        self.report.in_error = False
+        self.in_error = text.startswith("error: ") or self.in_error and text.startswith("  ")
         self.quiet = self.quiet or bool(self.reason and "Traceback" in text)  # everybody's KeyboardInterrupt
-        if not self.quiet:
+        if self.in_error:
+            self.report.error(text)
+        elif not self.quiet:
             self.view.add(raw)
-            self.report.show(self.view.due())
+            self.report.show(self.view)
 
 
 if __name__ == "__main__":

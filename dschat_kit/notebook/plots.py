@@ -6,7 +6,6 @@ gives a figure that says so. `figure.get_label()` is a text for those who cannot
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
 from dschat_kit.metrics import read_metrics
 from dschat_kit.notebook.show import bundle, png, samples_table, show
@@ -85,9 +84,8 @@ def ppo_time_split(run) -> Figure:
     totals = {}
     for name, colour, hatch in PARTS:
         seconds = [row.get(f"seconds_{name}") or 0.0 for row in rows]
-        totals[name] = sum(seconds)
-        bars.bar(steps, seconds, 0.85, bottom, color=colour, hatch=hatch if len(rows) <= 60 else "", edgecolor="white",
-                 linewidth=0.3, label=name)
+        totals[name], hatch = sum(seconds), hatch * (len(rows) <= 60)
+        bars.bar(steps, seconds, 0.85, bottom, color=colour, hatch=hatch, edgecolor="white", linewidth=0.3, label=name)
         bottom = [low + high for low, high in zip(bottom, seconds, strict=True)]
     _label(bars, "rollout", "seconds")
     bars.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
@@ -252,11 +250,11 @@ def _lines(axes, rows: list[dict], *curves) -> None:
 def _draw_sft(axes, rows: list[dict]) -> None:
     _lines(axes, rows, ("loss", BLUE, "-", "batch"), ("eval_loss", ORANGE, "--", "held out"))
     values = _points(rows, "loss")[1] or [1]
-    steep = 0 < 4 * min(values) < max(values)
-    if steep:  # else the plateau after the fall cannot be read
+    if 0 < 4 * min(values) < max(values):  # else the plateau after a steep fall cannot be read
         axes.set_yscale("log", subs=[])
-        axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
-    _label(axes, STEP, "loss (nats per token, log)" if steep else "loss (nats per token)")
+        axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+        axes.yaxis.set_major_formatter("{x:g}")
+    _label(axes, STEP, f"loss (nats per token{', log' * (axes.get_yscale() == 'log')})")
 
 
 def _draw_accuracy(axes, rows: list[dict], result: dict) -> None:
@@ -292,14 +290,10 @@ def _last(rows: list[dict], *keys: str) -> float:
     return float("nan")
 
 
-def _run(run) -> StageRun:
-    return run if isinstance(run, StageRun) else StageRun(run)
-
-
 def _metrics(run) -> list[dict]:
-    return read_metrics(_run(run).metrics_path)
+    return read_metrics(StageRun(getattr(run, "path", run)).metrics_path)
 
 
 def _result(run) -> dict:
-    run = _run(run)
+    run = StageRun(getattr(run, "path", run))
     return run.result if (run.path / "result.json").exists() else {}

@@ -7,7 +7,7 @@ from typing import TextIO
 
 from dschat_kit.config import STAGES
 from dschat_kit.metrics import MetricsTail
-from dschat_kit.runs import RunError, StageRun, open_run
+from dschat_kit.runs import StageRun, open_run
 
 ENDED = ("finished", "failed", "interrupted")
 SHOWN = {"sft": ("loss", "eval_loss"), "reward": ("loss", "accuracy"), "ppo": ("score_mean", "kl", "response_length")}
@@ -54,58 +54,39 @@ class Follow:
         place = Path(getattr(place, "path", place)).absolute()
         self.whole = place.name not in STAGES
         self.runs = [open_run(place, stage) for stage in STAGES] if self.whole else [StageRun(place)]
-        self.before = {run.stage: _status(run).get("updated") for run in self.runs}
+        self.before = {run.stage: run.status.get("updated") for run in self.runs}
         self.tails = {run.stage: MetricsTail(run.metrics_path) for run in self.runs}
         self.numbers: dict[str, dict] = {run.stage: {} for run in self.runs}
-        self.run, self.over, self.news, self.idle_since = self.runs[0], False, False, None
+        self.run, self.over, self.news = self.runs[0], False, False
         self.first: dict[tuple, tuple[float, int]] = {}  # of a stage's start: when the first step was seen, and which
 
     def poll(self) -> Snapshot:
         """Look at the files and return what they say now."""
-        looks = [(run, _status(run)) for run in self.runs]
-        self.run, status = max(looks, key=lambda look: (self._state(*look) == "running", look[1].get("updated", 0.0)))
-        state, stage = self._state(self.run, status), self.run.stage
+        looks = [(run, *self._look(run)) for run in self.runs]
+        self.run, status, state = max(looks, key=lambda look: (look[2] == "running", look[1].get("updated", 0.0)))
+        stage = self.run.stage
         for row in self.tails[stage].poll():
             self.numbers[stage] |= {key: row[key] for key in SHOWN.get(stage, ())
                                     if isinstance(row.get(key), (int, float))}
-        step, total = status.get("step") or 0, status.get("total") or 0
-        eta = self._eta(status, step, total) if state == "running" and 0 < step <= total else None
+        step, total, eta = status.get("step") or 0, status.get("total") or 0, None
+        if state == "running" and 0 < step <= total:
+            started, now = status["started"], time.time()
+            since, before = self.first.setdefault((stage, started), (now, step))
+            if step == before:  # at the first look: the pace of the whole stage, its slow start included
+                since, before = started, 0
+            eta = (now - since) / (step - before) * (total - step)
         self.news = status.get("updated") != self.before[stage]
-        self.over = self._over(state)
+        self.over = state in ("failed", "interrupted") and self.news or \
+            state == "finished" and (not self.whole or stage in STAGES[-2:])
         return Snapshot(stage, state, step, total, eta, dict(self.numbers[stage]), status.get("error"))
 
-    def _eta(self, status: dict, step: int, total: int) -> float:
-        """Seconds left at the pace seen so far; at the first look that of the whole stage, its slow start included."""
-        started, now = status.get("started", time.time()), time.time()
-        since, before = self.first.setdefault((self.run.stage, started), (now, step))
-        seen = step > before and now > since
-        return ((now - since) / (step - before) if seen else (now - started) / step) * (total - step)
-
     @staticmethod
-    def _state(run: StageRun, status: dict) -> str:
+    def _look(run: StageRun) -> tuple[dict, str]:
+        status = run.status
         state = status.get("state", "missing")
         if state == "running" and time.time() - status.get("updated", 0) > STALE and not run.in_use():
-            return "interrupted"
-        return state
-
-    def _over(self, state: str) -> bool:
-        if state in ("failed", "interrupted"):
-            return self.news
-        if state != "finished" or not self.whole:
-            return state == "finished"
-        if self.run.stage not in ("ppo", "chat"):
-            return False
-        self.idle_since = self.idle_since or time.monotonic()
-        return not self.news or self.run.stage == "chat" or time.monotonic() - self.idle_since > 10
-
-
-def _status(run: StageRun) -> dict:
-    try:
-        return run.status
-    except RunError:
-        if (run.path / "status.json").exists():
-            raise
-        return {}  # the folder has been moved aside this very moment
+            state = "interrupted"
+        return status, state
 
 
 class Line:
@@ -113,14 +94,18 @@ class Line:
 
     def __init__(self, stream: TextIO, every: float = 15.0):
         self.stream, self.every = stream, every
-        self.tty, self.said, self.said_at = stream.isatty(), "", float("-inf")
+        self.said, self.said_at = "", float("-inf")
+
+    @property
+    def width(self) -> int:
+        """Characters that fit on the terminal now; 0 where the stream is none."""
+        return max(20, shutil.get_terminal_size().columns) - 1 if self.stream.isatty() else 0
 
     def show(self, text: str, heading: str = "") -> None:
         """Show `text`; in a file only when `heading` is new or the last line is `every` seconds old and different."""
         now = time.monotonic()
-        if self.tty:
-            width = _width() - 1
-            self.stream.write("\r" + text[:width].ljust(width))
+        if self.width:
+            self.stream.write("\r" + text[:self.width].ljust(self.width))
         elif text != self.said and (not self.said.startswith(heading or "\0") or now - self.said_at >= self.every):
             self.stream.write(text + "\n")
             self.said, self.said_at = text, now
@@ -128,10 +113,8 @@ class Line:
 
     def end(self, text: str) -> None:
         """Replace the line by its last state and leave it."""
-        if self.tty:
-            self.stream.write("\r" + " " * (_width() - 1) + "\r")
-        if self.tty or text != self.said:
-            self.stream.write(text + "\n")
+        if self.width or text != self.said:
+            self.stream.write(("\r" + " " * self.width + "\r") * bool(self.width) + text + "\n")
         self.stream.flush()
 
 
@@ -145,7 +128,3 @@ def bar(fraction: float, width: int = 20) -> str:
     """[#######-------------]"""
     full = round(fraction * width)
     return f"[{'#' * full}{'-' * (width - full)}]"
-
-
-def _width() -> int:
-    return max(20, shutil.get_terminal_size().columns)

@@ -118,7 +118,7 @@ def _short_cell_errors() -> None:
         if interrupted:
             error.returncode = -signal.SIGINT  # IPython leaves None, which str(error) cannot format
         text = "interrupted: its processes end within seconds; resume = \"auto\" goes on with a training" \
-            if interrupted else f"the cell ended with exit code {error.returncode}"
-        shell._showtraceback(kind, error, [f"{kind.__name__}: {text}"])
+            if interrupted else f"error: the cell ended with exit code {error.returncode}"
+        shell._showtraceback(kind, error, [text])
 
     shell.set_custom_exc((subprocess.CalledProcessError,), short)

@@ -1,5 +1,5 @@
 """The losses. Each returns (loss, metrics); sums over tokens are divided by `tokens`, the real tokens of the **global**
-batch, so neither gradient accumulation nor the number of ranks changes a loss. Metrics are parts of global means likewise.
+batch, so neither gradient accumulation nor the number of ranks changes a loss. So are the metrics.
 """
 
 import torch

@@ -36,20 +36,20 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     following, next_value = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        following = (delta + gamma * lam * following) * mask[:, t]
+        following = delta + gamma * lam * following
         advantages[:, t] = following
         next_value = values[:, t]
     return advantages, (advantages + values) * mask
 
 
 def masked_moments(x: Tensor, mask: Tensor) -> Tensor:
-    """(3,) float64: count, sum and sum of squares over the mask. Summed over ranks they give global mean and variance."""
+    """(3,) float64: count, sum and sum of squares over the mask. Summed over ranks, they are those of the whole."""
     kept = x[mask].double()
     return torch.stack([mask.sum().double(), kept.sum(), kept.square().sum()])
 
 
 def whiten(x: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool = True) -> Tensor:
-    """(x - mean) * rsqrt(var + 1e-8) with population variance of `moments`; without shift_mean the mean is added back."""
+    """(x - mean) * rsqrt(var + 1e-8), population variance, from `moments`; shift_mean=False adds the mean again."""
     count, total, squares = moments.unbind()
     mean = total / count
     scale = torch.rsqrt((squares / count - mean.square()).clamp(min=0) + 1e-8)

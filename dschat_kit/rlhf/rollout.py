@@ -52,14 +52,15 @@ def score_responses(roles: Roles, sequences: Tensor, attention_mask: Tensor, res
         ref_logits = response_logits(roles.ref, tokens, mask, A)
         parts.append(Scored(logprobs=token_logprobs(logits, tokens[:, -A:], temperature),
                             ref_logprobs=token_logprobs(ref_logits, tokens[:, -A:], temperature),
-                            entropy=entropy_of(logits, temperature), values=response_values(roles.critic, tokens, mask, A),
+                            entropy=entropy_of(logits, temperature),
+                            values=response_values(roles.critic, tokens, mask, A),
                             scores=last_token(roles.reward(tokens, mask), mask)))
     return Scored(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
 
 
 def make_experience(sequences: Tensor, attention_mask: Tensor, response_mask: Tensor, finished: Tensor, scored: Scored,
                     settings: Ppo, global_sum: Callable[[Tensor], Tensor]) -> Experience:
-    """Rewards, advantages and returns. `global_sum` adds a tensor over ranks: advantages are whitened over all of them."""
+    """Rewards, advantages and returns. `global_sum` adds a tensor over ranks: advantages are whitened over all."""
     scores = clip_scores(scored.scores, finished, settings.score_clip, settings.missing_eos_score)
     rewards = compute_rewards(scores, scored.logprobs, scored.ref_logprobs, response_mask, settings.kl_coef)
     advantages, returns = gae(rewards, scored.values, response_mask, settings.gamma, settings.gae_lambda)

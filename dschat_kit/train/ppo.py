@@ -3,10 +3,10 @@
     deepspeed --num_gpus 2 --module dschat_kit.train.ppo --run RUN/ppo
 
 Four roles: actor (trained, from SFT), critic (trained, from the reward model), ref (frozen SFT), reward (frozen).
-One iteration: 1. the actor answers a batch of prompts  2. all roles look at the answers  3. rewards less the KL penalty,
-GAE, whitening over all ranks  4. ppo_epochs passes of clipped updates in minibatches. Schulman et al. 2017 (1707.06347),
-Ouyang et al. 2022 (2203.02155). Left out on purpose: reuse of the sampler's log-probabilities (they are recomputed, so
-the first ratio is 1).
+One iteration: 1. the actor answers a batch of prompts  2. all roles look at the answers  3. rewards less the KL
+penalty, GAE, whitening over all ranks  4. ppo_epochs passes of clipped updates in minibatches. Schulman et al. 2017
+(1707.06347), Ouyang et al. 2022 (2203.02155). Left out on purpose: reuse of the sampler's log-probabilities (they are
+recomputed, so the first ratio is 1).
 """
 
 from collections.abc import Iterator
@@ -60,15 +60,16 @@ def train(session: Session) -> dict:
         clock.lap("scoring")
 
         # 4. Clipped updates in minibatches, reshuffled in each epoch.
-        updates = [update(session, roles, minibatch, sampling.temperature, lrs)
-                   for epoch in range(settings.ppo_epochs) for minibatch in minibatches(session, experience, step, epoch)]
+        updates = [update(session, roles, minibatch, sampling.temperature, lrs) for epoch in range(settings.ppo_epochs)
+                   for minibatch in minibatches(session, experience, step, epoch)]
         clock.lap("training")
 
         row = rollout_metrics(session, experience, scored, batch, updates)
         session.samples(sample_lines(prompts, batch, scored, tokenizer, "rollout", step + 1,
                                      limit=pipeline.telemetry.rollout_samples))
         clock.lap("other")
-        row |= {"kl_coef": settings.kl_coef, "lr_actor": lrs["actor"], "lr_critic": lrs["critic"], **clock.row(session, row)}
+        row |= {"kl_coef": settings.kl_coef, "lr_actor": lrs["actor"], "lr_critic": lrs["critic"]}
+        row |= clock.row(session, row["tokens"])
         session.log(step + 1, row, show=("score_mean", "kl", "response_length", "clip_fraction"))
         state["tokens"] += row["tokens"]
         state["seconds"] = {name: value + row[f"seconds_{name}"] for name, value in state["seconds"].items()}

@@ -1,5 +1,5 @@
-"""The line that PPO writes each iteration, and the numbers it ends with: every mean is over the real tokens or responses
-of all ranks."""
+"""The line that PPO writes each iteration, and the numbers it ends with: every mean is over the real tokens or
+responses of all ranks."""
 
 import resource
 import time
@@ -27,11 +27,11 @@ class Clock:
         now = time.perf_counter()
         self.seconds[name], self._last = now - self._last, now
 
-    def row(self, session, row: dict) -> dict:
-        """The metrics of time, as the slowest rank saw them; tokens_per_second counts response tokens of all ranks."""
+    def row(self, session, tokens: float) -> dict:
+        """The metrics of time, as the slowest rank saw them; `tokens` are the response tokens of all ranks."""
         seconds = dict(zip(self.seconds, session.largest(*self.seconds.values()), strict=True))
         return {f"seconds_{name}": value for name, value in seconds.items()} | {
-            "tokens_per_second": row["tokens"] / sum(seconds.values())}
+            "tokens_per_second": tokens / sum(seconds.values())}
 
 
 def add_metrics(totals: dict[str, float], metrics: dict) -> dict[str, float]:
@@ -46,16 +46,19 @@ def rollout_metrics(session, experience: Experience, scored: Scored, batch: KitB
     optimiser steps, except ratio_max (the largest)."""
     mask, every = experience.response_mask, torch.ones_like(batch.finished)
     kl = kl_estimates(experience.logprobs, experience.ref_logprobs, mask)
-    moments = torch.stack([masked_moments(scored.scores, every), masked_moments(kl["k1"], every), masked_moments(kl["k3"], every),
-                           masked_moments(mask.sum(1), every), masked_moments(batch.finished, every),
+    moments = torch.stack([masked_moments(scored.scores, every), masked_moments(kl["k1"], every),
+                           masked_moments(kl["k3"], every), masked_moments(mask.sum(1), every),
+                           masked_moments(batch.finished, every),
                            masked_moments(scored.entropy, mask), masked_moments(experience.returns, mask),
                            masked_moments(experience.returns - experience.values, mask)])
     count, total, squares = session.sum_tensor(moments).unbind(1)
     mean, variance = (total / count).tolist(), (squares / count - (total / count).square()).clamp(min=0).tolist()
-    highest, negated_lowest, memory = session.largest(float(scored.scores.max()), -float(scored.scores.min()), _peak_memory_mb())
+    highest, negated_lowest, memory = session.largest(float(scored.scores.max()), -float(scored.scores.min()),
+                                                      _peak_memory_mb())
     row = {"score_mean": mean[0], "score_std": variance[0] ** 0.5, "score_min": -negated_lowest, "score_max": highest,
            "kl": mean[1], "kl_k3": mean[2], "response_length": mean[3], "eos_rate": mean[4], "entropy": mean[5],
-           "explained_variance": 1 - variance[7] / max(variance[6], 1e-12), "peak_memory_mb": memory, "tokens": float(total[3])}
+           "explained_variance": 1 - variance[7] / max(variance[6], 1e-12), "peak_memory_mb": memory,
+           "tokens": float(total[3])}
     for name in updates[0]:
         values = [update[name] for update in updates]
         row[name] = max(values) if name == "ratio_max" else sum(values) / len(values)
@@ -74,12 +77,14 @@ def summary(before: dict, after: dict, state: dict, steps: int) -> dict:
     spent = sum(state["seconds"].values())
     result = {"score_before": before["score"], "score_after": after["score"], "kl": after["kl"],
               "response_length_before": before["tokens"], "response_length_after": after["tokens"],
-              "eos_rate_before": before["finished"], "eos_rate_after": after["finished"], "eval_prompts": after["prompts"],
+              "eos_rate_before": before["finished"], "eos_rate_after": after["finished"],
+              "eval_prompts": after["prompts"],
               "steps": steps, "tokens_per_second": state["tokens"] / max(spent, 1e-9), "seconds": state["seconds"]}
     if "gold" in after:
         gain = after["gold"] - before["gold"]
         result |= {"gold_before": before["gold"], "gold_std_before": before["gold_std"], "gold_after": after["gold"],
                    "gold_std_after": after["gold_std"],
-                   "gold_gain_in_std": gain / before["gold_std"] if before["gold_std"] > 0 else None, "gold_parts_before": before["gold_parts"],
+                   "gold_gain_in_std": gain / before["gold_std"] if before["gold_std"] > 0 else None,
+                   "gold_parts_before": before["gold_parts"],
                    "gold_parts_after": after["gold_parts"]}
     return result

@@ -1,4 +1,4 @@
-"""Prompts in, sampled and scored responses out: the feed of PPO, and the same look at held-out prompts before and after."""
+"""Prompts in, sampled and scored responses out: the feed of PPO, and a look at held-out prompts before and after."""
 
 from dataclasses import dataclass
 
@@ -29,19 +29,21 @@ class PromptFeed:
 
     def __init__(self, rows: TokenRows, batch_size: int, seed: int, pad_id: int, session, unique: bool = False):
         texts = rows.table["prompt"]
-        keep = sorted({text: i for i, text in reversed(list(enumerate(texts)))}.values()) if unique else range(len(rows))
+        first = {text: i for i, text in reversed(list(enumerate(texts)))}
+        keep = sorted(first.values()) if unique else range(len(rows))
         self.rows, self.keep, self.seed, self.pad_id, self.session = rows, np.asarray(keep), seed, pad_id, session
         self.count = batch_size
         self.unique = unique
 
     def at(self, step: int) -> Prompts:
-        """The prompts of one step. Rows are seeded by their place in the global batch, so rank count changes nothing."""
+        """The prompts of one step. Rows are seeded by their place in the global batch: rank count changes nothing."""
         world, size = self.session.world_size, -(-self.count // self.session.world_size) * self.session.world_size
         places = np.arange(step * size, (step + 1) * size)
         if self.unique:
             picks = places % len(self.keep)  # more answers than prompts: several of each, with other random numbers
         else:
-            picks = np.array([epoch_order(len(self.keep), self.seed, p // len(self.keep))[p % len(self.keep)] for p in places])
+            picks = np.array([epoch_order(len(self.keep), self.seed, p // len(self.keep))[p % len(self.keep)]
+                              for p in places])
         mine = rank_share(np.arange(size), self.session.rank, world)
         indices = self.keep[picks[mine]]
         some = self.rows.take(indices)
@@ -53,26 +55,30 @@ class PromptFeed:
 
 
 def sampling_of(pipeline: Pipeline, tokenizer, pad_id: int) -> KitSampling:
-    """Sampling for PPO. Raises ConfigError for what would make the sampled distribution another one than the trained."""
+    """Sampling for PPO. Raises ConfigError for what would sample from another distribution than the trained one."""
     sampling = pipeline.sampling
     if sampling.top_p < 1 or sampling.top_k > 0 or sampling.temperature == 0:
-        raise ConfigError(f"sampling: got temperature={sampling.temperature} top_p={sampling.top_p} top_k={sampling.top_k}\n"
-                          "  expected: for PPO temperature above 0, top_p=1 and top_k=0: filtered tokens have other probabilities "
-                          "than the trained policy's\n  change:   --set sampling.temperature=1 sampling.top_p=1 sampling.top_k=0")
+        raise ConfigError(f"sampling: got temperature={sampling.temperature} top_p={sampling.top_p} "
+                          f"top_k={sampling.top_k}\n"
+                          "  expected: for PPO temperature above 0, top_p=1 and top_k=0: what is filtered has other "
+                          "probabilities than the trained policy's\n"
+                          "  change:   --set sampling.temperature=1 sampling.top_p=1 sampling.top_k=0")
     return KitSampling(max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
                        stop_token_ids=(tokenizer.eos_token_id,), pad_token_id=pad_id)
 
 
 def sample_lines(prompts: Prompts, batch: KitBatch, scored: Scored, tokenizer, phase: str, step: int,
                  limit: int | None = None) -> list[dict]:
-    """Lines for samples.jsonl: what was asked and answered, the score, the KL in nats, the gold reward where it is known."""
+    """Lines for samples.jsonl: question, answer, score, KL in nats, and the gold reward where it is known."""
     kl = kl_estimates(scored.logprobs, scored.ref_logprobs, batch.response_mask)["k1"].tolist()
     responses = batch.input_ids[:, -batch.response_mask.shape[1]:]
     lines = []
     for i in range(len(prompts.sources) if limit is None else min(limit, len(prompts.sources))):
         text = tokenizer.decode(responses[i][batch.response_mask[i]], skip_special_tokens=True)
-        line = {"sample_id": prompts.batch.sample_ids[i], "phase": phase, "step": step, "prompt": prompts.batch.prompts[i],
-                "response": text, "score": float(scored.scores[i]), "kl": kl[i], "tokens": int(batch.response_mask[i].sum()),
+        line = {"sample_id": prompts.batch.sample_ids[i], "phase": phase, "step": step,
+                "prompt": prompts.batch.prompts[i],
+                "response": text, "score": float(scored.scores[i]), "kl": kl[i],
+                "tokens": int(batch.response_mask[i].sum()),
                 "finished": bool(batch.finished[i])}
         gold = gold_of(prompts.sources[i])
         if gold is not None:
@@ -91,9 +97,10 @@ def evaluate(session, hybrid, roles: Roles, held_out: PromptFeed, sampling: KitS
     batch = hybrid.generate(prompts.request, sampling)
     scored = score_responses(roles, batch.input_ids, batch.attention_mask, batch.response_mask.shape[1],
                              sampling.temperature, session.pipeline.rollout.micro_batch_size)
-    lines = sample_lines(prompts, batch, scored, tokenizer, phase, 0 if phase == "before" else session.pipeline.ppo.max_steps)
-    known = all(gold_of(name) is not None for name, _ in session.pipeline.data.weighted_sources())  # alike on every rank
-    parts = sorted(lines[0]["gold_parts"]) if known else []
+    lines = sample_lines(prompts, batch, scored, tokenizer, phase,
+                         0 if phase == "before" else session.pipeline.ppo.max_steps)
+    sources = [name for name, _ in session.pipeline.data.weighted_sources()]  # the same on every rank, unlike `lines`
+    parts = sorted(lines[0]["gold_parts"]) if all(gold_of(name) is not None for name in sources) else []
     own = held_out.count // session.world_size + (session.rank < held_out.count % session.world_size)
     lines = lines[:own]  # the rest only fills up the ranks
     session.samples(lines[: telemetry.samples])

@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from dschat_kit.config import ConfigError
 from dschat_kit.machine import detect
-from dschat_kit.runs import RunError, StageRun
+from dschat_kit.metrics import read_metrics
+from dschat_kit.runs import RunError, StageRun, cannot
 from dschat_kit.train.session import Session
 
 __all__ = ["main"]
@@ -61,7 +62,7 @@ def _run_stage(stage: Callable[[Session], dict], args) -> int:
                 session.finish(stage(session))
                 dist.destroy_process_group()
                 return 0
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001  whatever it is, the run folder has to say it
                 return _failed(run, rank, error, errors)
     except (ConfigError, RunError) as error:  # before the folder is ours: its status is not ours to write
         print(f"error: {error}", file=errors, flush=True)
@@ -72,8 +73,9 @@ def _claim(run: StageRun, resume: bool) -> None:
     """Take over the locked folder. Raises RunError where that would write over what an earlier job left."""
     state = run.status.get("state", "missing")
     if state == "finished" or (state != "missing" and not resume):
-        raise RunError(f"{run.path} is {'interrupted' if state == 'running' else state}\n  change: "
-                       + ("" if state == "finished" else "--resume to go on, or ") + f"dschat {run.stage} --fresh to begin again")
+        go_on = "" if state == "finished" else "--resume to go on, or "
+        raise RunError(f"{run.path} is {'interrupted' if state == 'running' else state}\n"
+                       f"  change: {go_on}dschat {run.stage} --fresh to begin again")
     run.update_status(state="running", started=time.time(), error=None, pid=os.getpid(), host=socket.gethostname())
 
 
@@ -84,7 +86,8 @@ def _start(run: StageRun) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(port)}
     machine = detect()
     if machine.accelerator == "cpu":
         threads = os.environ.get("OMP_NUM_THREADS") or max(1, machine.cores // int(os.environ["WORLD_SIZE"]))
@@ -100,8 +103,8 @@ def _interrupt(number, _frame):
 
 
 def _failed(run: StageRun, rank: int, error: BaseException, errors) -> int:
-    """Record how a rank ended; the exit code. The first rank to fail is the one that is shown: it has written the status
-    before its end makes the others fail."""
+    """Record how a rank ended; the exit code. The first rank to fail is the one that is shown: it has written the
+    status before its end makes the others fail."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     with suppress(OSError):  # the log may be what is full
@@ -110,7 +113,7 @@ def _failed(run: StageRun, rank: int, error: BaseException, errors) -> int:
     text, code = _explain(error, run)
     followed = isinstance(error, Interrupted) or _lost_peer(error)
     if followed and "DSCHAT_LAUNCH_TAG" in os.environ:
-        # `dschat launch` knows why: an asked end, or the signal that killed a rank. Leave it the time to see that one first.
+        # `dschat launch` knows why: an asked end, or the signal that killed a rank; leave it the time to see it first.
         time.sleep(0 if isinstance(error, Interrupted) else 3)
         return code
     time.sleep(0.3 * min(rank, 3))
@@ -119,7 +122,8 @@ def _failed(run: StageRun, rank: int, error: BaseException, errors) -> int:
         print(f"error: {text}" + (f"\n  the whole story: {run.logs / f'rank{rank}.log'}" if code == 1 else ""),
               file=errors, flush=True)
         try:
-            run.update_status(state="interrupted" if code == 130 else "failed", error=text)
+            steps = [row["step"] for row in read_metrics(run.metrics_path)[-1:]] or [0]
+            run.update_status(state="interrupted" if code == 130 else "failed", error=text, step=steps[0])
         except RunError as second:
             print(f"error: {second}", file=errors, flush=True)
     return code
@@ -128,16 +132,18 @@ def _failed(run: StageRun, rank: int, error: BaseException, errors) -> int:
 def _explain(error: BaseException, run: StageRun) -> tuple[str, int]:
     """(message, exit code): 130 asked to end, 2 the user can mend it, 1 the rest."""
     name, text = type(error).__name__, str(error)
+    first_line = (text or name).splitlines()[0]
     if isinstance(error, (Interrupted, KeyboardInterrupt)):
-        return text or name, 130
+        return first_line, 130
     if isinstance(error, (ConfigError, RunError)):
         return text, 2
     if isinstance(error, OSError) and error.errno in FULL:
-        return f"cannot write in {run.path}: {error.strerror}\n  change: free space, permissions or --run-root", 2
+        return str(cannot(f"write in {run.path}", error)), 2
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
-        return f"out of memory: {text.splitlines()[0]}\n  change: a smaller {run.stage}.micro_batch_size, or zero.stage=3", 2
+        cure = f"a smaller {run.stage}.micro_batch_size, or zero.stage=3"
+        return f"out of memory: {first_line}\n  change: {cure}", 2
     if _lost_peer(error):
-        return f"another rank has ended: {text.splitlines()[0]}", 1
+        return f"another rank has ended: {first_line}", 1
     return f"{name}: {text}", 1
 
 
@@ -146,12 +152,12 @@ def _lost_peer(error: BaseException) -> bool:
 
 
 def _rank_log(run: StageRun, rank: int) -> tuple:
-    """Send everything that libraries print to logs/rank{R}.log; returns the original (stdout, stderr) for the reader."""
+    """Send everything that libraries print to logs/rank{R}.log; returns the own (stdout, stderr) for the reader."""
     try:
         run.logs.mkdir(parents=True, exist_ok=True)
         log = os.open(run.logs / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     except OSError as error:
-        raise RunError(f"cannot write in {run.logs}: {error.strerror}\n  change: free space, permissions or --run-root") from error
+        raise cannot(f"write in {run.logs}", error) from error
     console, errors = (os.fdopen(os.dup(fd), "w", encoding="utf-8", buffering=1) for fd in (1, 2))
     sys.stdout.flush()
     sys.stderr.flush()

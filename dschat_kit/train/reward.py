@@ -61,7 +61,8 @@ def train(session: Session) -> dict:
     model.normalise(float(reference.mean()), float(1 / max(reference.std(), 1e-6)) if settings.scale else 1.0)
     scores = pair_scores(session, engine, held_out, pad_id, limit=len(held_out))
     session.export(model.classifier, tokenizer)
-    return {**report(scores, held_out), "reference_mean": float(reference.mean()), "reference_std": float(reference.std()),
+    return {**report(scores, held_out), "reference_mean": float(reference.mean()),
+            "reference_std": float(reference.std()),
             "steps": steps, "seconds": time.time() - session.started}
 
 
@@ -71,9 +72,11 @@ def _scores(session: Session, engine, rows: TokenRows, limit: int, build) -> np.
     count, found = min(len(rows), limit), []
     filled = np.arange(-(-count // session.world_size) * session.world_size)  # every rank makes as many forward passes
     engine.eval()
-    for places in chunks(rank_share(filled, session.rank, session.world_size), session.pipeline.rollout.micro_batch_size):
+    for places in chunks(rank_share(filled, session.rank, session.world_size),
+                         session.pipeline.rollout.micro_batch_size):
         batch = build(rows.take(places % count)).to(session.device)
-        found.append(last_token(engine(batch.sequences, batch.attention_mask), batch.attention_mask).view(-1, len(places)).T)
+        scores = last_token(engine(batch.sequences, batch.attention_mask), batch.attention_mask)
+        found.append(scores.view(-1, len(places)).T)
     engine.train()
     mine = torch.cat(found)
     everything = torch.zeros(len(filled), mine.shape[1], device=session.device, dtype=mine.dtype)
@@ -97,19 +100,22 @@ def accuracy_of(margins: np.ndarray) -> float:
 
 
 def report(scores: np.ndarray, rows: TokenRows) -> dict:
-    """Accuracy with its 95 % Wilson interval, the length baseline, histograms; on the toy world the best possible accuracy."""
+    """Accuracy with its 95 % Wilson interval, the length baseline, histograms; bayes_accuracy on the toy world."""
     margins, table = scores[:, 0] - scores[:, 1], rows.take(range(len(scores)))
     lengths = np.array([len(r["chosen_ids"]) - len(r["rejected_ids"]) for r in table])
     edges = np.histogram_bin_edges(scores, bins=30)
     p, n, z = accuracy_of(margins), len(margins), 1.959964
-    middle, half = (p + z * z / (2 * n)) / (1 + z * z / n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    found = {"accuracy": p, "accuracy_interval": [middle - half, middle + half], "length_baseline_accuracy": accuracy_of(lengths),
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    found = {"accuracy": p, "accuracy_interval": [middle - half, middle + half],
+             "length_baseline_accuracy": accuracy_of(lengths),
              "margin": float(margins.mean()), "pairs": n,
              "score_histogram": {"edges": edges.tolist(), "chosen": np.histogram(scores[:, 0], edges)[0].tolist(),
                                  "rejected": np.histogram(scores[:, 1], edges)[0].tolist()}}
     gold = gold_of(table[0]["source"])
     if gold is not None and len({r["source"] for r in table}) == 1:
-        gaps = [gold.gold_reward(r["prompt"], r["chosen"]) - gold.gold_reward(r["prompt"], r["rejected"]) for r in table]
+        gaps = [gold.gold_reward(r["prompt"], r["chosen"]) - gold.gold_reward(r["prompt"], r["rejected"])
+                for r in table]
         found["bayes_accuracy"] = gold.bayes_accuracy(gaps)
     return found
 

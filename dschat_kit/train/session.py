@@ -36,8 +36,8 @@ class Session:
         self.pipeline.check_ranks(run.stage, self.world_size)
 
     def begin(self, total: int, engines: dict) -> dict | None:
-        """Open the metrics files for `total` steps of `engines`. When resuming, load the newest checkpoint and return the
-        state that was saved with it; None at the beginning, also when there is no checkpoint yet."""
+        """Open the metrics files for `total` steps of `engines`. When resuming, load the newest checkpoint and return
+        the state that was saved with it; None at the beginning, also when there is no checkpoint yet."""
         loaded = load_checkpoint(self.run.checkpoints, engines) if self.resume else None
         self.total, self.engines = total, engines
         if loaded:
@@ -67,8 +67,8 @@ class Session:
         return self.sum_tensor(torch.stack([torch.as_tensor(v, dtype=torch.float64).cpu() for v in values])).tolist()
 
     def sum_tensor(self, tensor: Tensor) -> Tensor:
-        """A tensor summed over all ranks."""
-        total = tensor.to(self.device)
+        """A new tensor: the sum over all ranks."""
+        total = tensor.detach().to(self.device, copy=True)
         dist.all_reduce(total)
         return total
 
@@ -85,14 +85,15 @@ class Session:
         engine.step()
 
     def log(self, step: int, row: dict, show: tuple[str, ...] = ()) -> None:
-        """One line of metrics.jsonl after `step` steps. Raises RunError on every rank when a loss is not finite."""
-        bad = [name for name, value in row.items() if name.endswith("loss") and not math.isfinite(value)]
+        """One line of metrics.jsonl after `step` steps. Raises RunError on every rank when a loss or a gradient is not
+        finite; DeepSpeed would skip such steps without end."""
+        bad = [name for name, value in row.items() if ("loss" in name or "grad" in name) and not math.isfinite(value)]
         if bad:
-            raise RunError(f"{', '.join(bad)} is not finite at step {step}\n  change: a lower learning rate; checkpoints are "
-                           f"kept in {self.run.checkpoints}")
+            raise RunError(f"{', '.join(bad)} is not finite at step {step}\n  change: a lower learning rate; "
+                           f"checkpoints are kept in {self.run.checkpoints}")
         if self.is_main:
             self._metrics.write({"step": step, **row})
-            if step == self.total or time.monotonic() - self._told > 0.5:  # an fsync a step would cost more than a small step
+            if step == self.total or time.monotonic() - self._told > 0.5:  # an fsync costs more than a small step
                 self.run.update_status(state="running", step=step, total=self.total)
                 self._told = time.monotonic()
             if show:
@@ -105,7 +106,7 @@ class Session:
                 self._samples.write(row)
 
     def checkpoint(self, step: int, state: dict | None = None) -> None:
-        """Save after `step` steps where checkpoint.every_steps says so; `state` is what `begin` returns after a resume."""
+        """Save after `step` steps where checkpoint.every_steps says so; a resumed `begin` returns `state`."""
         every = self.pipeline.checkpoint.every_steps
         if every and step % every == 0 and step < self.total:
             save_checkpoint(self.run.checkpoints, self.engines, self.pipeline.checkpoint.keep, step=step,
@@ -121,8 +122,8 @@ class Session:
     def finish(self, result: dict) -> None:
         """Write result.json and the final status."""
         if self.is_main:
-            common = {"config_hash": self.run.config["config_hash"], "seed": self.pipeline.seed, "world_size": self.world_size,
-                      "resumed_from": self.resumed_from, "versions": _versions()}
+            common = {"config_hash": self.run.config["config_hash"], "seed": self.pipeline.seed,
+                      "world_size": self.world_size, "resumed_from": self.resumed_from, "versions": _versions()}
             write_json(self.run.path / "result.json", {**result, **common})
             self.run.update_status(state="finished", step=self.total, total=self.total, error=None)
         dist.barrier()

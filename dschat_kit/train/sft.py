@@ -65,7 +65,8 @@ def train(session: Session) -> dict:
     session.export(model, tokenizer)
     return {"eval_loss_before": state["loss_before"], "eval_loss_after": state["loss_after"],
             "eval_perplexity": math.exp(min(state["loss_after"], 700)), "steps": steps,
-            "tokens_per_second": state["tokens"] / max(state["seconds"], 1e-9), "seconds": time.time() - session.started}
+            "tokens_per_second": state["tokens"] / max(state["seconds"], 1e-9),
+            "seconds": time.time() - session.started}
 
 
 @torch.no_grad()
