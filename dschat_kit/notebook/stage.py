@@ -103,8 +103,8 @@ def begin_cell(stage: str, *, preset: str, run_root: str, set_: str | None, laun
     os.environ |= {"PATH": path, "RUN": str(begun.run.path), "NUM_GPUS": str(begun.ranks),
                    "TRAIN": "no" if begun.action == "reuse" else "yes",
                    "RESUME": "--resume" if begun.action == "resume" else ""}
-    print({"reuse": f"{stage}: finished before, shown as it is", "train": f"{stage}: will be made in",
-           "resume": f"{stage}: goes on from its newest checkpoint in"}[begun.action], f"({begun.run.path})")
+    print({"reuse": f"{stage}: finished before, shown as it is:", "train": f"{stage}: will be made in",
+           "resume": f"{stage}: goes on from its newest checkpoint in"}[begun.action], begun.run.path)
     return begun.run
 
 
