@@ -1,6 +1,19 @@
 """Named pipelines. A preset is data: `--set section.field=value` changes any of it."""
 
-from dschat_kit.config import Checkpoint, ConfigError, Data, Model, Pipeline, Ppo, Reward, Rollout, Sampling, Sft, Zero
+from dschat_kit.config import (
+    Checkpoint,
+    ConfigError,
+    Data,
+    Lora,
+    Model,
+    Pipeline,
+    Ppo,
+    Reward,
+    Rollout,
+    Sampling,
+    Sft,
+    Zero,
+)
 
 __all__ = ["PRESETS", "get_preset"]
 
@@ -21,10 +34,11 @@ PRESETS: dict[str, Pipeline] = {
                   eval_rows=512),
         model=Model(name="HuggingFaceTB/SmolLM2-135M-Instruct"), zero=Zero(stage=2),
         sampling=Sampling(max_new_tokens=48),
-        sft=Sft(max_steps=60, batch_size=8, micro_batch_size=4, lr=2e-5, eval_every=30, eval_rows=64),
-        reward=Reward(epochs=2, max_steps=150, batch_size=4, micro_batch_size=2, lr=2e-5, eval_every=50, eval_rows=32),
-        ppo=Ppo(max_steps=12, rollout_batch_size=16, mini_batch_size=8, micro_batch_size=4, lr_actor=3e-6,
-                lr_critic=1e-5, kl_coef=0.05, eval_prompts=32),
+        lora=Lora(rank=16),
+        sft=Sft(max_steps=60, batch_size=8, micro_batch_size=2, lr=2e-4, eval_every=30, eval_rows=64),
+        reward=Reward(epochs=2, max_steps=150, batch_size=4, micro_batch_size=1, lr=2e-4, eval_every=50, eval_rows=32),
+        ppo=Ppo(max_steps=12, rollout_batch_size=16, mini_batch_size=8, micro_batch_size=4, lr_actor=1e-4,
+                lr_critic=2e-4, kl_coef=0.05, eval_prompts=32),
         rollout=Rollout(micro_batch_size=8)),
 }
 

@@ -48,7 +48,7 @@ def environment() -> dict[str, str]:
 
 
 def dschat(*args, **how) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*args, **how), env=environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(command(*args, **how), env=environment(), capture_output=True, text=True, timeout=600)
 
 
 def succeed(*args, **how) -> None:
@@ -84,7 +84,7 @@ def kill_when(stage: str, root: Path, lines: int, whom: str, signum: int, sets=(
             for pid, words in processes(root).items():
                 if whom in words:
                     os.kill(pid, signum)
-        out, err = job.communicate(timeout=60)
+        out, err = job.communicate(timeout=120)
     return subprocess.CompletedProcess(job.args, job.returncode, out, err)
 
 
@@ -116,7 +116,7 @@ def alone(chain: Path, root: Path, stage: str, sets=()) -> list[dict]:
     config["pipeline"] = Pipeline.from_dict(config["pipeline"]).with_overrides(sets).to_dict()
     (root / stage / "config.json").write_text(json.dumps(config))
     done = subprocess.run([sys.executable, "-m", f"dschat_kit.train.{stage}", "--run", str(root / stage)], text=True,
-                          env=environment(), capture_output=True, timeout=300)
+                          env=environment(), capture_output=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return metrics(root, stage)
 
@@ -337,7 +337,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks(chain, tmp_path):
 def test_a_full_disk_is_said_and_nothing_written_is_lost(chain, tmp_path):
     shutil.copytree(chain / "data", tmp_path / "data")
     limited = ["bash", "-c", 'ulimit -f 96; exec "$@"', "-", *command("sft", tmp_path)]  # no file may pass 48 or 96 KB
-    done = subprocess.run(limited, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(limited, env=environment(), capture_output=True, text=True, timeout=600)
     run = open_run(tmp_path, "sft")
     assert done.returncode == 2 and "cannot write" in done.stderr and "change:" in done.stderr, done.stderr
     assert run.status["state"] == "failed" and processes(tmp_path) == {} and len(metrics(tmp_path, "sft")) == 10

@@ -15,8 +15,8 @@ from torch import Tensor
 from dschat_kit.config import ConfigError
 from dschat_kit.data.splits import epoch_order
 
-__all__ = ["PromptBatch", "SequenceBatch", "StepSampler", "TokenRows", "chunks", "pad_prompts", "pad_sequences",
-           "preference_batch", "rank_share", "sft_batch"]
+__all__ = ["PromptBatch", "SequenceBatch", "StepSampler", "TokenRows", "by_length", "chunks", "pad_prompts",
+           "pad_sequences", "preference_batch", "rank_share", "sft_batch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +95,11 @@ class StepSampler:
 def rank_share(indices: np.ndarray, rank: int, world_size: int) -> np.ndarray:
     """The rows of a global batch that one rank computes: every world_size-th, so that lengths spread evenly."""
     return indices[rank::world_size]
+
+
+def by_length(rows: list[dict]) -> list[dict]:
+    """The same rows with similar lengths side by side, so that little of a micro batch is padding."""
+    return sorted(rows, key=lambda row: len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])))
 
 
 def pad_sequences(prompts: list[list[int]], responses: list[list[int]], pad_id: int) -> SequenceBatch:

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import torch
 
-from dschat_kit.data.datasets import StepSampler, TokenRows, chunks, preference_batch, rank_share, sft_batch
+from dschat_kit.data.datasets import StepSampler, TokenRows, by_length, chunks, preference_batch, rank_share, sft_batch
 from dschat_kit.data.sources import gold_of
 from dschat_kit.engine.engines import build_engine, grad_norm, learning_rate, set_learning_rate
 from dschat_kit.models.lora import add_adapters
@@ -41,7 +41,7 @@ def train(session: Session) -> dict:
         clock = time.perf_counter()
         lr = learning_rate(settings.lr, step, steps, settings.warmup, settings.min_lr, "cosine")
         set_learning_rate(engine, lr)
-        mine = rows.take(rank_share(sampler.indices(step), session.rank, session.world_size))
+        mine = by_length(rows.take(rank_share(sampler.indices(step), session.rank, session.world_size)))
         sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
         for micro in chunks(mine, settings.micro_batch_size):
             batch = preference_batch(micro, pad_id).to(session.device)
@@ -70,18 +70,20 @@ def train(session: Session) -> dict:
 def _scores(session: Session, engine, rows: TokenRows, limit: int, build) -> np.ndarray:
     """(N, k) scores in the order of the first N = min(rows, limit) rows; `build` makes a batch of k sequences a row."""
     count, found = min(len(rows), limit), []
-    filled = np.arange(-(-count // session.world_size) * session.world_size)  # every rank makes as many forward passes
+    lengths = [len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in rows.take(range(count))]
+    # Similar lengths together; repeated at the end so that every rank makes as many forward passes.
+    places = np.resize(np.argsort(lengths, kind="stable"), -(-count // session.world_size) * session.world_size)
     engine.eval()
-    for places in chunks(rank_share(filled, session.rank, session.world_size),
-                         session.pipeline.rollout.micro_batch_size):
-        batch = build(rows.take(places % count)).to(session.device)
+    for some in chunks(rank_share(places, session.rank, session.world_size), session.pipeline.rollout.micro_batch_size):
+        batch = build(rows.take(some)).to(session.device)
         scores = last_token(engine(batch.sequences, batch.attention_mask), batch.attention_mask)
-        found.append(scores.view(-1, len(places)).T)
+        found.append(scores.view(-1, len(some)).T)
     engine.train()
-    mine = torch.cat(found)
-    everything = torch.zeros(len(filled), mine.shape[1], device=session.device, dtype=mine.dtype)
+    mine, ordered = torch.cat(found), np.empty((count, found[0].shape[1]))
+    everything = torch.zeros(len(places), mine.shape[1], device=session.device, dtype=mine.dtype)
     everything[session.rank::session.world_size] = mine
-    return session.sum_tensor(everything)[:count].double().cpu().numpy()
+    ordered[places] = session.sum_tensor(everything).double().cpu().numpy()
+    return ordered
 
 
 def pair_scores(session: Session, engine, rows: TokenRows, pad_id: int, limit: int) -> np.ndarray:

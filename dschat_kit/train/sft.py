@@ -12,7 +12,7 @@ import time
 import numpy as np
 import torch
 
-from dschat_kit.data.datasets import StepSampler, TokenRows, chunks, rank_share, sft_batch
+from dschat_kit.data.datasets import StepSampler, TokenRows, by_length, chunks, rank_share, sft_batch
 from dschat_kit.engine.engines import build_engine, grad_norm, learning_rate, set_learning_rate
 from dschat_kit.models.loading import check_length, load_causal_lm, model_inputs
 from dschat_kit.models.lora import add_adapters
@@ -42,7 +42,7 @@ def train(session: Session) -> dict:
         clock = time.perf_counter()
         lr = learning_rate(settings.lr, step, steps, settings.warmup, settings.min_lr, "cosine")
         set_learning_rate(engine, lr)
-        mine = rows.take(rank_share(sampler.indices(step), session.rank, session.world_size))
+        mine = by_length(rows.take(rank_share(sampler.indices(step), session.rank, session.world_size)))
         tokens, tokens_read = session.sum(sum(len(row["chosen_ids"]) for row in mine),
                                           sum(len(row["chosen_ids"]) + len(row["prompt_ids"]) for row in mine))
         loss = 0.0
