@@ -135,7 +135,8 @@ PPO_METRICS = """step score_mean score_std score_min score_max kl kl_k3 kl_coef 
 RESULTS = {
     "data": "rows realised_weights overlaps truncated",
     "sft": "eval_loss_before eval_loss_after eval_perplexity steps tokens_per_second seconds",
-    "reward": "accuracy accuracy_interval length_baseline_accuracy margin steps seconds bayes_accuracy",
+    "reward": "accuracy accuracy_interval length_baseline_accuracy margin steps seconds bayes_accuracy "
+              "gold_length_correlation",
     "ppo": """score_before score_after kl response_length_before response_length_after eos_rate_after steps
     tokens_per_second
         seconds gold_before gold_std_before gold_after""",

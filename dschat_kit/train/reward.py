@@ -102,7 +102,8 @@ def accuracy_of(margins: np.ndarray) -> float:
 
 
 def report(scores: np.ndarray, rows: TokenRows) -> dict:
-    """Accuracy with its 95 % Wilson interval, the length baseline, histograms; bayes_accuracy on the toy world."""
+    """Accuracy with its 95 % Wilson interval, the length baseline, histograms; on the toy world bayes_accuracy
+    and the correlation of the true reward with length."""
     margins, table = scores[:, 0] - scores[:, 1], rows.take(range(len(scores)))
     lengths = np.array([len(r["chosen_ids"]) - len(r["rejected_ids"]) for r in table])
     edges = np.histogram_bin_edges(scores, bins=30)
@@ -116,9 +117,11 @@ def report(scores: np.ndarray, rows: TokenRows) -> dict:
                                  "rejected": np.histogram(scores[:, 1], edges)[0].tolist()}}
     gold = gold_of(table[0]["source"])
     if gold is not None and len({r["source"] for r in table}) == 1:
-        gaps = [gold.gold_reward(r["prompt"], r["chosen"]) - gold.gold_reward(r["prompt"], r["rejected"])
-                for r in table]
-        found["bayes_accuracy"] = gold.bayes_accuracy(gaps)
+        sides = ("chosen", "rejected")
+        true = np.array([[gold.gold_reward(r["prompt"], r[side]) for side in sides] for r in table])
+        tokens = np.array([[len(r[f"{side}_ids"]) for side in sides] for r in table])
+        found["bayes_accuracy"] = gold.bayes_accuracy(true[:, 0] - true[:, 1])
+        found["gold_length_correlation"] = float(np.corrcoef(true.ravel(), tokens.ravel())[0, 1])
     return found
 
 
