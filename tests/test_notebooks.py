@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,12 @@ def test_a_notebook_is_clean(path):
         assert source.count("\n") < 15
         if source.startswith("%%bash"):
             assert source.splitlines()[1] == "set -euo pipefail"
+
+
+def test_nbstripout_would_change_nothing():
+    done = subprocess.run([sys.executable, "-m", "nbstripout", "--keep-id", "--verify", *map(str, NOTEBOOKS)],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
