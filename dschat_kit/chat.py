@@ -151,6 +151,7 @@ def box(session: ChatSession, example: str):
     log = HTML()
 
     def answer(change):
+        """Ask what was typed and show the answer piece by piece below what was said before."""
         question, before, said = change["new"].strip(), log.value, ""
         if not question:
             return
