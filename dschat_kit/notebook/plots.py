@@ -70,6 +70,7 @@ def ppo_curves(run) -> Figure:
     percent = [{"step": row["step"], "percent": 100 * (row.get("clip_fraction") or 0)} for row in rows]
     _lines(clipped, percent, ("percent", PINK, "-", ""))
     _label(clipped, "rollout", "clipped ratios (%)")
+    clipped.set_ylim(0, max(1.0, 1.1 * max([row["percent"] for row in percent] or [0])))
     label = f"PPO: {len(rows)} rollouts, last score {_last(rows, 'score_mean'):.3g}, KL {_last(rows, 'kl'):.3g}"
     return _named(figure, label if rows else "PPO: no rollout yet")
 
