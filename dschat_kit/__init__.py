@@ -15,7 +15,8 @@ Read the modules in READING_ORDER; every one imports only from those before it.
 
 READING_ORDER = (
     "sections", "config", "presets", "machine", "runs", "metrics",
-    "data.toy", "data.sources", "data.prompts", "data.splits", "data.tokenizer", "data.pipeline", "data.datasets",
+    "data.toy", "data.prompts", "data.formats", "data.files", "data.sources", "data.splits", "data.selection",
+    "data.tokenizer", "data.store", "data.pipeline", "data.datasets",
     "models.loading", "models.scalar_model", "models.lora", "models.fetch",
     "rlhf.experience", "rlhf.rewards", "rlhf.losses", "rlhf.rollout",
     "engine.ds_config", "engine.engines", "engine.zero", "engine.rollout_types", "engine.decode", "engine.hybrid",

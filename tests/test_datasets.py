@@ -1,5 +1,6 @@
 """Token rows -> batches: padding sides, masks, and a sampler that is a pure function."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,6 +15,7 @@ from dschat_kit.data.datasets import (
     preference_batch,
     sft_batch,
 )
+from dschat_kit.data.store import table_writer
 
 PAD = 9  # also a token of the second response: masks, never ids, say what is padding
 ROWS = [{"sample_id": "a", "prompt": "p", "prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]},
@@ -81,11 +83,15 @@ def test_too_few_rows_for_one_batch_are_refused():
 
 
 def test_rows_come_from_disk_in_the_order_asked_for(tmp_path):
-    import datasets
-    columns = {name: [row[name] for row in ROWS] for name in ROWS[0]}
-    datasets.Dataset.from_dict(columns).save_to_disk(str(tmp_path / "rows" / "sft"))
+    (tmp_path / "rows").mkdir()
+    stream, write = table_writer(tmp_path / "rows" / "table.arrow", with_tokens=True)
+    with stream:
+        write([["a", "b"], ["s", "s"], ["p", "q"], ["x", "y"], ["", ""],
+               *([row[name] for row in ROWS] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))])
+    np.save(tmp_path / "rows" / "sft.npy", [1, 0])
     rows = TokenRows(tmp_path, "sft")
-    assert len(rows) == 2 and rows.take(torch.tensor([1, 0, 1])) == [ROWS[1], ROWS[0], ROWS[1]]
+    assert len(rows) == 2 and list(rows.table["prompt"]) == ["q", "p"]
+    assert [row["chosen_ids"] for row in rows.take(torch.tensor([1, 0, 1]))] == [[4, 5], [7, PAD], [4, 5]]
 
 
 def test_chunks_cover_everything():

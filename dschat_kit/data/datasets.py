@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dschat_kit.config import ConfigError
 from dschat_kit.data.splits import epoch_order
+from dschat_kit.data.store import open_rows
 
 __all__ = ["PromptBatch", "SequenceBatch", "StepSampler", "TokenRows", "by_length", "chunks", "pad_prompts",
            "pad_sequences", "preference_batch", "rank_share", "sft_batch"]
@@ -48,12 +49,10 @@ class PromptBatch:
 
 
 class TokenRows:
-    """One part's Arrow table (sft | reward | ppo | eval), memory-mapped."""
+    """One part (sft | reward | ppo | eval | ptx | ptx_eval) of the mapped table. Raises RunError when it is damaged."""
 
     def __init__(self, data_dir: Path, part: str):
-        import datasets
-        datasets.disable_progress_bars()
-        self.table = datasets.load_from_disk(str(Path(data_dir) / "rows" / part))
+        self.table = open_rows(data_dir, part)
 
     def __len__(self) -> int:
         return len(self.table)
