@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from dschat_kit.data.prompts import ASSISTANT, HUMAN, Turn, split_dialogue
+from dschat_kit.data.prompts import ASSISTANT, HUMAN, Turn, split_dialogue, turns_of
 
 __all__ = ["FORMATS", "HUB", "BadRow", "Format", "Pair", "guess"]
 
@@ -69,8 +69,7 @@ def _answered(turns: list[Turn], name: str) -> tuple[list[Turn], str]:
 
 
 def _asked(row: dict, name: str = "prompt") -> list[Turn]:
-    text = _text(row, name)
-    return split_dialogue(text) if text.startswith(HUMAN) else [("user", text)]
+    return turns_of(_text(row, name))
 
 
 def _margin(row: dict) -> float | None:

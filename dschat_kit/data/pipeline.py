@@ -31,7 +31,7 @@ from dschat_kit.data.store import cached, intact, place, table_writer
 from dschat_kit.data.tokenizer import EOS, PAD, encode, open_tokenizer, train_tokenizer
 from dschat_kit.runs import RunError, StageRun, cannot, read_json, write_json
 
-__all__ = ["build_stage_data", "collect_records", "tokenizer_of", "write_rows"]
+__all__ = ["build_stage_data", "collect_records", "tokenizer_of", "write_rows", "write_tokens"]
 
 BATCH = 1000
 
@@ -111,7 +111,7 @@ def write_rows(folder: Path, pipeline: Pipeline, tokenizer, style: PromptStyle, 
         PromptStyle(tokenizer)  # it carries the template of Human/Assistant text
     tokenizer.save_pretrained(folder / "tokenizer")
     step(2)
-    numbers |= _write_tokens(records, folder / "rows" / "table.arrow", tokenizer, data, report)
+    numbers |= write_tokens(records, folder / "rows" / "table.arrow", tokenizer, data, report)
     records.unlink()
     filtered = filter_rows(numbers, part, data, labels)
     if filtered:
@@ -183,7 +183,7 @@ def _texts(path: Path, rows: np.ndarray) -> Iterator[str]:
             yield from (prompt + response for response in responses if response)
 
 
-def _write_tokens(records: Path, path: Path, tokenizer, data: Data, report) -> Numbers:
+def write_tokens(records: Path, path: Path, tokenizer, data: Data, report=lambda line: None) -> Numbers:
     """The records with their token ids; (N,) numbers of tokens, and which texts were cut."""
     found = {name: [] for side in SIDES for name in (side, f"cut_{side}")}
     rows, told, started = 0, time.monotonic(), time.monotonic()

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dschat_kit.config import ConfigError
 
 __all__ = ["ASSISTANT", "HUMAN", "PromptStyle", "Turn", "dialogue_text", "prompt_text", "question_of", "response_text",
-           "split_dialogue"]
+           "split_dialogue", "turns_of"]
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 Turn = tuple[str, str]
@@ -41,9 +41,14 @@ def dialogue_text(turns: Iterable[Turn]) -> str:
     return "".join(MARKS[role] + (" " * (role != "system") + text.strip()).rstrip() for role, text in turns) + ASSISTANT
 
 
+def turns_of(text: str) -> list[Turn]:
+    """A question, or a whole dialogue in Human/Assistant text, which begins with its first `Human:`."""
+    return split_dialogue(text) if text.startswith(HUMAN) else [("user", text)]
+
+
 def prompt_text(text: str) -> str:
-    """A question, or a whole dialogue beginning with its first `Human:`, in Human/Assistant text."""
-    return dialogue_text(split_dialogue(text) if text.startswith(HUMAN) else [("user", text)])
+    """A question or a whole dialogue in Human/Assistant text."""
+    return dialogue_text(turns_of(text))
 
 
 def response_text(text: str) -> str:
@@ -74,6 +79,11 @@ class PromptStyle:
             tokenizer.chat_template = DIALOGUE_TEMPLATE
         self._markers = sorted(filter(str.strip, specials | markers), key=len, reverse=True)
         self.defused = 0
+
+    @classmethod
+    def of(cls, tokenizer) -> "PromptStyle":
+        """The style of a model that was exported with its tokenizer; without a template Human/Assistant text."""
+        return cls(tokenizer, "chat" if tokenizer.chat_template not in (None, "", DIALOGUE_TEMPLATE) else "dialogue")
 
     def prompt(self, turns: Iterable[Turn]) -> str:
         """The text before a response. Raises ValueError where the template refuses the turns."""
