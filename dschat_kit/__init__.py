@@ -2,7 +2,7 @@
 
 Read the modules in READING_ORDER; every one imports only from those before it.
 
-    sections, config, presets, machine, runs, metrics   what was asked, the machine, and the run folder
+    sections, data_section, config, presets, machine, runs, metrics   what was asked, the machine, and the run folder
     data/      raw rows -> records -> exact text -> splits -> token rows -> batches
     models/    Hugging Face models: causal, and with a scalar head
     rlhf/      the mathematics, plain torch
@@ -14,8 +14,9 @@ Read the modules in READING_ORDER; every one imports only from those before it.
 """
 
 READING_ORDER = (
-    "sections", "config", "presets", "machine", "runs", "metrics",
-    "data.toy", "data.sources", "data.prompts", "data.splits", "data.tokenizer", "data.pipeline", "data.datasets",
+    "sections", "data_section", "config", "presets", "machine", "runs", "metrics",
+    "data.toy", "data.prompts", "data.formats", "data.files", "data.sources", "data.splits", "data.selection",
+    "data.tokenizer", "data.store", "data.pipeline", "data.datasets", "data.benchmark",
     "models.loading", "models.scalar_model", "models.lora", "models.fetch",
     "rlhf.experience", "rlhf.rewards", "rlhf.losses", "rlhf.rollout",
     "engine.ds_config", "engine.engines", "engine.zero", "engine.rollout_types", "engine.decode", "engine.hybrid",

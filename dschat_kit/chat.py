@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dschat_kit.data.prompts import HUMAN, prompt_text, response_text
+from dschat_kit.data.prompts import PromptStyle, Turn, turns_of
 from dschat_kit.data.tokenizer import open_tokenizer, pad_id_of
 from dschat_kit.metrics import JsonlWriter
 from dschat_kit.models.loading import quiet_loading
@@ -30,7 +30,8 @@ class ChatSession:
         self.tokenizer = open_tokenizer(model_dir)
         with quiet_loading():
             self.model = AutoModelForCausalLM.from_pretrained(str(model_dir)).to(device).eval()
-        self.max_new_tokens, self.history = max_new_tokens, ""
+        self.max_new_tokens, self.style = max_new_tokens, PromptStyle.of(self.tokenizer)
+        self.history: list[Turn] = []
 
     @classmethod
     def open(cls, run_root: str | Path, stage: str | None = None, **options) -> "ChatSession":
@@ -52,7 +53,7 @@ class ChatSession:
 
     def ask_all(self, texts: list[str], *, temperature: float = 0.0, seed: int = 0) -> list[str]:
         """Answers to several questions in one batch, without what is remembered; one may be a whole dialogue."""
-        return self._answers([prompt_text(_asked(text)) for text in texts], temperature, seed)
+        return self._answers([self.style.prompt(turns_of(_asked(text))) for text in texts], temperature, seed)
 
     @torch.no_grad()
     def _answers(self, prompts: list[str], temperature: float, seed: int) -> list[str]:
@@ -106,11 +107,10 @@ class ChatSession:
         return how | {"max_new_tokens": self.max_new_tokens, "pad_token_id": pad_id_of(self.tokenizer)}
 
     def _prompt(self, question: str) -> str:
-        question = _asked(question)
-        return prompt_text(f"{self.history}{HUMAN} {question}" if self.history else question)
+        return self.style.prompt([*self.history, *turns_of(_asked(question))])
 
     def _remember(self, question: str, answer: str) -> None:
-        self.history = self._prompt(question) + response_text(answer)
+        self.history += [*turns_of(question), ("assistant", answer)]
 
 
 def _asked(text: str) -> str:

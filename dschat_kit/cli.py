@@ -57,6 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     doctor = command("doctor", _doctor, "check the machine, or a run")
     doctor.add_argument("path", nargs="?", type=Path, metavar="RUN")
     doctor.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    bench = command("bench", _bench, "measure ours against the peers on this machine")
+    kinds = bench.add_subparsers(required=True, dest="kind", metavar="WHAT")
+    data = kinds.add_parser("data", help="rows a second, memory and first batch of the data stage")
+    data.add_argument("--rows", type=int, default=10_000, metavar="N", help="synthetic preference rows of 200 tokens")
+    data.add_argument("--tokenizer", metavar="PATH", help="a model folder (default: one trained as tiny's is)")
+    for kind in kinds.choices.values():
+        kind.add_argument("--json", action="store_true", help="one JSON object on standard output")
     launch = command("launch", None, "prefix of a visible command: logs it, ends every rank with its cell")
     launch.add_argument("rest", nargs="*", metavar="-- deepspeed ...")
     return parser
@@ -117,6 +124,15 @@ def _watch(args) -> int:
 def _fetch(args) -> int:
     from dschat_kit.models.fetch import fetch_model
     print(fetch_model(args.name, args.target))
+    return 0
+
+
+def _bench(args) -> int:
+    if args.rows < 1000:
+        raise ConfigError(f"--rows: got {args.rows}\n  expected: 1000 or more\n  change:   --rows 10000")
+    from dschat_kit.data.benchmark import bench_data
+    found = bench_data(args.rows, args.tokenizer, report=lambda line: print(line, file=sys.stderr))
+    print(json.dumps(found) if args.json else "\n".join(f"{name:26} {value:.4g}" for name, value in found.items()))
     return 0
 
 

@@ -14,64 +14,12 @@ import operator
 import typing
 from dataclasses import dataclass, field
 
-from dschat_kit.sections import ConfigError, Section, bounded, build, error, finite, parse, unknown
+from dschat_kit.data_section import Data
+from dschat_kit.sections import ConfigError, Section, bounded, build, error, parse, unknown
 
-__all__ = ["ConfigError", "Pipeline", "STAGES"]
+__all__ = ["ConfigError", "Data", "Pipeline", "STAGES"]
 
 STAGES = ("data", "sft", "reward", "ppo", "chat")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data(Section):
-    sources: str = "toy"
-    """`toy`, or PATH[:weight][,PATH[:weight]...] where PATH is a JSON-lines file, a folder with
-    train.jsonl (and eval.jsonl), or a data set of the Hugging Face Hub."""
-    columns: str = "prompt,chosen,rejected"
-    """Names of the three columns, in this order."""
-    rows: int = bounded(0, least=0)
-    """At most so many training rows are taken from each source (toy: generated); 0 takes every row that there is."""
-    stage_split: str = "2,4,4"
-    """Shares of the training rows that go to sft, reward and ppo; a prompt is in one of them only."""
-    eval_fraction: float = bounded(0.08, above=0, below=1)
-    """Share of the prompts held out from all three trainings (sources without an own eval part)."""
-    eval_rows: int = bounded(512, least=1)
-    """At most so many held-out rows are evaluated on."""
-    max_prompt_tokens: int = bounded(256, least=1)
-    """A longer prompt keeps its end."""
-    max_response_tokens: int = bounded(256, least=1)
-    """A longer response keeps its start (and loses its EOS)."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if len(self.column_names()) != 3 or not all(self.column_names()):
-            raise error("data.columns", repr(self.columns), "three names: prompt, chosen and rejected",
-                         "--set data.columns=prompt,chosen,rejected")
-        self.split_shares(), self.weighted_sources()
-
-    def column_names(self) -> tuple[str, ...]:
-        """Names of the prompt, the chosen and the rejected column."""
-        return tuple(name.strip() for name in self.columns.split(","))
-
-    def split_shares(self) -> tuple[float, float, float]:
-        """Shares of sft, reward and ppo, summing to 1."""
-        shares = [finite(part) for part in self.stage_split.split(",")]
-        if len(shares) != 3 or not all(share and share > 0 for share in shares):
-            raise error("data.stage_split", repr(self.stage_split), "three positive numbers: sft,reward,ppo",
-                         "--set data.stage_split=2,4,4")
-        return tuple(share / sum(shares) for share in shares)
-
-    def weighted_sources(self) -> list[tuple[str, float | None]]:
-        """(path or name, weight or None) of each source. A colon that no number follows belongs to the path."""
-        pairs = []
-        for part in filter(None, (part.strip() for part in self.sources.split(","))):
-            name, _, weight = part.rpartition(":")
-            pairs.append((name, finite(weight)) if name and finite(weight) is not None else (part, None))
-        names = [name for name, _ in pairs]
-        if not pairs or len(set(names)) < len(names) or any(weight is not None and weight <= 0 for _, weight in pairs):
-            raise error("data.sources", repr(self.sources),
-                         "PATH[:weight][,PATH[:weight]...], each source once, weights above 0",
-                         "--set data.sources=my.jsonl:2,other.jsonl:1")
-        return pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +94,8 @@ class Training(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Sft(Training):
-    pass
+    packing: bool = False
+    """Pack the rows of a micro batch into few sequences, where the model keeps them apart; the loss is the same."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,14 +63,14 @@ def resolve(pipeline: Pipeline) -> Pipeline:
     sources = ",".join(_source(source) + ("" if weight is None else f":{weight:.12g}")
                        for source, weight in data.weighted_sources())
     return dataclasses.replace(pipeline, model=dataclasses.replace(model, dtype=dtype, name=name),
-                               data=dataclasses.replace(data, sources=sources))
+                               data=dataclasses.replace(data, sources=sources, module=_source(data.module)))
 
 
 def _source(name: str) -> str:
     if name == "hh-helpful":
         folder = os.environ.get("DSCHAT_DATA")
         return str(Path(folder).absolute() / "hh_helpful_256") if folder else "Dahoas/rm-static"
-    return str(Path(name).absolute()) if name != "toy" and Path(name).exists() else name
+    return str(Path(name).absolute()) if name not in ("", "toy") and Path(name).exists() else name
 
 
 def _torch_build() -> str:

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import socket
 import time
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ __all__ = ["RunError", "StageRun", "open_run", "prepare_stage", "read_json", "wr
 REQUIRES = {"data": (), "sft": ("data",), "reward": ("data", "sft"), "ppo": ("data", "sft", "reward"),
             "chat": ("sft", "ppo")}
 """Stages whose results a stage reads; data is built on the way where it is missing."""
+DATA_FILES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt")
 
 
 class RunError(RuntimeError):
@@ -183,28 +185,44 @@ def prepare_stage(root: Path, stage: str, pipeline: Pipeline, *, preset: str = "
 def stage_hash(pipeline: Pipeline, stage: str) -> str:
     """`Pipeline.config_hash` with the content of local source files, so that changed rows are a changed stage."""
     digest = hashlib.sha256(pipeline.config_hash(stage).encode())
-    for path, _ in pipeline.data.weighted_sources():
-        for file in source_files(path):
-            try:
-                with open(file, "rb") as stream:
-                    digest.update(hashlib.file_digest(stream, "sha256").digest())
-            except OSError as error:
-                raise RunError(f"data.sources: {file} cannot be read: {error.strerror}\n"
-                               "  change: the file's permissions, or --set data.sources=PATH") from error
+    module = Path(pipeline.data.module)
+    files = [file for path, _ in pipeline.data.weighted_sources() for file in source_files(path)]
+    for file in files + [module] * (module.suffix == ".py"):
+        try:
+            with open(file, "rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        except OSError as error:
+            raise RunError(f"data.sources: {file} cannot be read: {error.strerror}\n"
+                           "  change: the file's permissions, or --set data.sources=PATH") from error
     return digest.hexdigest()[:16]
 
 
 def source_files(path: str) -> list[Path]:
-    """The files of a local source: the file itself, or train.jsonl and eval.jsonl of a folder; none for names."""
-    place = Path(path)
-    if not (place.suffix in (".jsonl", ".json") or place.is_absolute() or path.startswith(".")):
+    """The files of a local source in order: a file, those of a folder, a glob, or the Arrow files of save_to_disk;
+    none for names. Raises ConfigError where there are none."""
+    place, several = Path(path), "*" in path
+    if not (_plain(path).endswith(DATA_FILES) or place.is_absolute() or path.startswith(".") or several):
         return []
-    files = [place / "train.jsonl", place / "eval.jsonl"] if place.is_dir() else [place]
-    if not files[0].exists():
-        raise ConfigError(f"data.sources: got {path!r}, but {files[0]} does not exist\n  expected: a JSON-lines file, "
-                          "a folder with train.jsonl (and eval.jsonl), or a Hub name\n"
+    if (place / "state.json").exists() or (place / "dataset_dict.json").exists():
+        files = sorted(place.glob("**/*.arrow"))
+    elif several or place.is_dir():
+        fixed = next((i for i, part in enumerate(place.parts) if "*" in part), len(place.parts))
+        pattern = "/".join(place.parts[fixed:]) or "*"  # pathlib follows no links below it: none leads in circles
+        found = Path(*place.parts[:fixed]).glob(pattern)
+        kinds = DATA_FILES if several else DATA_FILES[:-1]  # a folder's .txt explains it
+        files = sorted(file for file in found if _plain(file.name).endswith(kinds) and file.exists())
+    else:
+        files = [place] if place.exists() else []
+    if not files:
+        what = "which holds no data files" if place.is_dir() else f"but {place} does not exist"
+        raise ConfigError(f"data.sources: got {path!r}, {what}\n  expected: a file ({' '.join(DATA_FILES)}, also .gz "
+                          ".bz2 .xz), a folder or glob of such, a folder of save_to_disk, or a Hub name\n"
                           "  change:   --set data.sources=PATH")
-    return [file for file in files if file.exists()]
+    return files
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"\.(gz|bz2|xz)$", "", name)
 
 
 def _require_earlier(run: StageRun, pipeline: Pipeline) -> None:

@@ -50,7 +50,9 @@ def test_a_field_of_text_takes_text_as_it_is(text):
     ("model.heads=3", "a divisor of model.hidden_size (128)"), ("sft.micro_batch_size=5", "sft.batch_size (32)"),
     ("ppo.mini_batch_size=48", "ppo.rollout_batch_size (128)"), ("ppo.micro_batch_size=5", "ppo.mini_batch_size (32)"),
     ("data.stage_split=2,4", "three positive numbers"), ("data.stage_split=2,0,4", "three positive numbers"),
-    ("data.columns=a,b", "three names"), ("data.sources=", "PATH[:weight]"), ("data.sources=a:0", "weights above 0"),
+    ("data.columns=a,b,c,d", "three names"),
+    ("data.columns=a,,c", "three names"), ("data.bad_rows=go", "stop | skip"),
+    ("data.sources=", "PATH[:weight]"), ("data.sources=a:0", "weights above 0"),
     ("data.sources=a.jsonl,a.jsonl:2", "each source once"), ("sampling.top_p=0.9", "filtered tokens"),
     ("sampling.temperature=0", "above 0"), ("model.vocab_size=100", "256 bytes"),
 ])

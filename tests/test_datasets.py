@@ -1,19 +1,25 @@
 """Token rows -> batches: padding sides, masks, and a sampler that is a pure function."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import causal_lm
 
 from dschat_kit.config import ConfigError
 from dschat_kit.data.datasets import (
     StepSampler,
     TokenRows,
     chunks,
+    packed_sft_batch,
     pad_prompts,
     preference_batch,
     sft_batch,
 )
+from dschat_kit.data.store import table_writer
+from dschat_kit.models.loading import can_pack, model_inputs
+from dschat_kit.rlhf.losses import sft_loss
 
 PAD = 9  # also a token of the second response: masks, never ids, say what is padding
 ROWS = [{"sample_id": "a", "prompt": "p", "prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]},
@@ -81,12 +87,44 @@ def test_too_few_rows_for_one_batch_are_refused():
 
 
 def test_rows_come_from_disk_in_the_order_asked_for(tmp_path):
-    import datasets
-    columns = {name: [row[name] for row in ROWS] for name in ROWS[0]}
-    datasets.Dataset.from_dict(columns).save_to_disk(str(tmp_path / "rows" / "sft"))
+    (tmp_path / "rows").mkdir()
+    stream, write = table_writer(tmp_path / "rows" / "table.arrow", with_tokens=True)
+    with stream:
+        write([["a", "b"], ["s", "s"], ["p", "q"], ["x", "y"], ["", ""],
+               *([row[name] for row in ROWS] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))])
+    np.save(tmp_path / "rows" / "sft.npy", [1, 0])
     rows = TokenRows(tmp_path, "sft")
-    assert len(rows) == 2 and rows.take(torch.tensor([1, 0, 1])) == [ROWS[1], ROWS[0], ROWS[1]]
+    assert len(rows) == 2 and list(rows.table["prompt"]) == ["q", "p"]
+    assert [row["chosen_ids"] for row in rows.take(torch.tensor([1, 0, 1]))] == [[4, 5], [7, PAD], [4, 5]]
 
 
 def test_chunks_cover_everything():
     assert list(chunks([1, 2, 3, 4, 5], 2)) == [[1, 2], [3, 4], [5]]
+
+
+@given(lengths)
+def test_nothing_is_lost_in_packing(sizes):
+    rows = [{"prompt_ids": [100 * i + 1] * p, "chosen_ids": [100 * i + 2] * r} for i, (p, r) in enumerate(sizes)]
+    batch = packed_sft_batch(rows, 0)
+    assert batch.sequences.shape[1] == max(p + r for p, r in sizes) and len(batch.sequences) <= len(rows)
+    assert sorted(batch.sequences[batch.attention_mask].tolist()) == sorted(
+        token for row in rows for token in row["prompt_ids"] + row["chosen_ids"])
+    assert sorted(batch.sequences[batch.response_mask].tolist()) == sorted(t for row in rows for t in row["chosen_ids"])
+    starts = (batch.position_ids == 0) & batch.attention_mask
+    assert starts.sum() == len(rows) and not (starts & batch.response_mask).any()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_the_loss_of_packed_rows_is_that_of_padded_ones_where_the_family_keeps_them_apart(family):
+    model = causal_lm(family)
+    rows = [{"prompt_ids": list(range(2, 2 + p)), "chosen_ids": list(range(50, 50 + r))}
+            for p, r in ((9, 7), (3, 2), (4, 3), (2, 9), (0, 5))]
+    apart = can_pack(model)
+    assert apart == (family != "opt")  # it makes a mask of its own, in which all tokens see those before them
+    losses = []
+    for batch in (sft_batch(rows, 0), packed_sft_batch(rows, 0)):
+        inputs = model_inputs(model, batch.sequences, batch.attention_mask, batch.position_ids)
+        logits = model(**inputs, use_cache=False).logits
+        losses.append(sft_loss(logits, batch.sequences, batch.response_mask, 25)[0].item())
+    assert (abs(losses[0] - losses[1]) <= 1e-5) == apart
+    assert len(packed_sft_batch(rows, 0).sequences) == 3

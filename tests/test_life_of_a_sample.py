@@ -11,7 +11,7 @@ import torch
 from dschat_kit.config import Data, Model, Pipeline, Ppo, Sampling
 from dschat_kit.data.datasets import TokenRows, pad_prompts, preference_batch, sft_batch
 from dschat_kit.data.pipeline import build_stage_data, tokenizer_of
-from dschat_kit.data.prompts import prompt_text, question_of
+from dschat_kit.data.prompts import PromptStyle, question_of
 from dschat_kit.data.sources import read_source
 from dschat_kit.data.splits import part_of
 from dschat_kit.data.tokenizer import pad_id_of
@@ -61,7 +61,7 @@ def test_one_record_is_followed_to_the_end(world, tmp_path):
               for part, table in tables.items()}
     assert [part for part, rows in places.items() if rows] == ["ppo"]
     row, = tables["ppo"].take(places["ppo"][:1])
-    text = prompt_text(record.prompt)
+    text = PromptStyle().prompt(record.turns)
     assert row["prompt"] == text and world.tokenizer.decode(row["prompt_ids"]) == text
     assert row["chosen_ids"][-1] == row["rejected_ids"][-1] == world.tokenizer.eos_token_id
     said.append(f"prompt      {text!r}")

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -9,9 +11,9 @@ import pytest
 from dschat_kit.config import Data, Model, Pipeline
 from dschat_kit.data import pipeline as stage
 from dschat_kit.data.datasets import TokenRows
-from dschat_kit.data.pipeline import build_stage_data, split_records, tokenizer_of
+from dschat_kit.data.pipeline import build_stage_data, tokenizer_of
 from dschat_kit.data.splits import PARTS
-from dschat_kit.runs import RunError, open_run, prepare_stage
+from dschat_kit.runs import RunError, open_run, prepare_stage, stage_hash
 
 
 def rows(path, count: int, words: str = "why") -> str:
@@ -108,8 +110,84 @@ def test_weights_bind_the_training_rows(tmp_path):
 
 def test_files_of_the_same_name_are_told_apart(tmp_path):
     names = [rows(tmp_path / name / "train.jsonl", 100, words=name) for name in ("hh", "shp")]
-    pools, account = split_records(Pipeline(data=Data(sources=",".join(names))))
-    assert account["read"] == {"hh/train.jsonl": 100, "shp/train.jsonl": 100}
+    assert build(tmp_path / "run", ",".join(names))[1]["read"] == {"hh/train.jsonl": 100, "shp/train.jsonl": 100}
+
+
+def test_an_equal_configuration_of_another_run_takes_the_rows_from_the_cache(tmp_path, monkeypatch):
+    source = rows(tmp_path / "mine.jsonl", 200)
+    first, result, _ = build(tmp_path / "one", source)
+    monkeypatch.setattr(stage, "write_rows", lambda *_: pytest.fail("built again"))
+    again, same, said = build(tmp_path / "two", source)
+    assert "taken from" in said[-1] and {k: v for k, v in same.items() if k != "seconds"} == {
+        k: v for k, v in result.items() if k != "seconds"}
+    for change in (lambda: rows(tmp_path / "mine.jsonl", 201),
+                   lambda: monkeypatch.setattr(stage.metadata, "version", lambda _: "another")):
+        change()
+        with pytest.raises(pytest.fail.Exception):
+            build(tmp_path / "three", source)
+
+
+def test_damaged_rows_of_a_finished_stage_are_built_anew(tmp_path):
+    run, result, _ = build(tmp_path / "run", rows(tmp_path / "mine.jsonl", 200))
+    (run.path / "rows" / "table.arrow").write_bytes(b"damaged")  # the cache's file too: it is the same one
+    assert build_stage_data(run, report=lambda _: None)["rows"] == result["rows"]
+    assert len(TokenRows(run.path, "sft").take([0])) == 1
+
+
+MODULE = """
+from dschat_kit.data.sources import register_source
+@register_source("mine")
+def mine(data, seed):
+    for i in range(60):
+        yield f"row {i}", "", {"question": f"who {i}?", "answer": f"so {i}."}
+"""
+
+
+def test_a_source_of_ones_own_works_in_a_process_of_its_own(tmp_path):
+    """As a launched rank builds it: nothing but the run folder is handed over."""
+    (tmp_path / "mine.py").write_text(MODULE)
+    good = rows(tmp_path / "good.jsonl", 200)
+    data = Data(sources=f"mine,{good}", module=str(tmp_path / "mine.py"))
+    pipeline = Pipeline(data=data, model=Model(vocab_size=300))
+    run, _ = prepare_stage(tmp_path / "run", "data", pipeline)
+    done = subprocess.run([sys.executable, "-m", "dschat_kit.data.pipeline", "--run", str(run.path)],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    counts = run.result["rows"]["mine"]
+    assert counts["reward"] == 0 and counts["sft"] + counts["ppo"] > 40 and run.result["read"]["mine"] == 60
+    assert not list(tmp_path.glob(".data-cache/*/rows"))  # only the user's code knows whether it is still the same
+    (tmp_path / "mine.py").write_text(MODULE.replace("60", "70"))
+    assert stage_hash(pipeline, "data") != run.config["config_hash"]
+
+
+def test_skipped_rows_filters_and_defused_markers_stand_in_the_result(tmp_path):
+    path = rows(tmp_path / "mine.jsonl", 200)
+    with open(path, "a") as file:
+        file.write('no json\n{"prompt": "x", "chosen": "<|end|> y", "rejected": " "}\n')
+        file.write(json.dumps({"prompt": "<|end|>?", "chosen": "because 0.", "rejected": "no."}) + "\n")
+        file.write(json.dumps({"prompt": "why 0?", "chosen": "because 0.", "rejected": "no."}) + "\n")
+    run, result, said = build(tmp_path / "run", path, bad_rows="skip", drop_duplicates=True)
+    assert result["skipped"] == {"mine.jsonl": {"is no JSON": 1, "'rejected' is no text": 1}}
+    assert result["left_out"] == {"duplicate": 1} and result["markers_defused"] == 1
+    assert result["read"] == {"mine.jsonl": 202}
+    assert sum("skipped" in line for line in said) == 2 and any("(guessed: preference)" in line for line in said)
+    eos = tokenizer_of(run).eos_token_id
+    for part in PARTS:
+        table = TokenRows(run.path, part)
+        for row in table.take(range(len(table))):
+            assert eos not in row["prompt_ids"] + row["chosen_ids"][:-1] and row["chosen_ids"][-1] == eos
+
+
+def test_responses_and_plain_text_beside_preferences(tmp_path):
+    pairs, answers = rows(tmp_path / "pairs.jsonl", 200), tmp_path / "answers.jsonl"
+    answers.write_text("".join(json.dumps({"prompt": f"how {i}?", "response": f"so {i}."}) + "\n" for i in range(200)))
+    (tmp_path / "book.txt").write_text("\n\n".join(f"part {i} of a story" for i in range(100)))
+    run, result, _ = build(tmp_path / "run", f"{pairs},{answers},{tmp_path}/book.txt")
+    assert result["rows"]["answers.jsonl"]["reward"] == result["rows"]["answers.jsonl"]["eval"] == 0
+    assert result["rows"]["book.txt"]["ptx"] > 80 and set(result["overlaps"].values()) == {0}
+    assert sum(result["left_out"].values()) + sum(map(sum, (by.values() for by in result["rows"].values()))) == 500
+    text = TokenRows(run.path, "ptx").take([0])[0]
+    assert text["prompt_ids"] == [] == text["rejected_ids"] and text["chosen"].startswith("part")
 
 
 BAD = {

@@ -206,7 +206,7 @@ def test_files_of_a_source(tmp_path):
     (tmp_path / "train.jsonl").touch()
     assert [f.name for f in source_files(str(tmp_path))] == ["train.jsonl"]
     (tmp_path / "eval.jsonl").touch()
-    assert [f.name for f in source_files(str(tmp_path))] == ["train.jsonl", "eval.jsonl"]
+    assert [f.name for f in source_files(str(tmp_path))] == ["eval.jsonl", "train.jsonl"]
     (tmp_path / "train.jsonl").unlink()
     for path in (str(tmp_path), str(tmp_path / "none.txt"), "none.jsonl"):
         with pytest.raises(ConfigError, match="does not exist"):

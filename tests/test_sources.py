@@ -24,9 +24,11 @@ def read(name: str, **settings):
 
 def test_a_row_becomes_a_record(tmp_path):
     record, other = read(lines(tmp_path / "rows.jsonl", ROW, "", ROW | {"chosen": "so."}))
-    assert (record.prompt, record.chosen, record.rejected, record.source) == ("why?", "because.", "no.", "rows.jsonl")
+    assert (record.turns, record.chosen, record.rejected, record.source) == ((("user", "why?"),), "because.", "no.",
+                                                                             "rows.jsonl")
+    assert record.prompt == "\n\nHuman: why?\n\nAssistant:"
     assert record.sample_id.startswith("rows.jsonl-") and record.sample_id != other.sample_id
-    assert record.split_key == other.split_key == "why?" and record.part == ""
+    assert record.split_key == other.split_key == "Human: why? Assistant:" and record.part == ""
 
 
 def test_the_id_follows_the_content_not_the_place(tmp_path):
@@ -45,7 +47,10 @@ def test_columns_may_have_other_names(tmp_path):
 @pytest.mark.parametrize("bad, said", [
     ('{"prompt": "why?",', "is no JSON"), ('["why?"]', "got list"), ('{"prompt": "why?"}', "has no column 'chosen'"),
     (json.dumps(ROW | {"prompt": " \n"}), "'prompt' is ' \\n'"), (json.dumps(ROW | {"chosen": ""}), "'chosen' is ''"),
-    (json.dumps(ROW | {"rejected": None}), "'rejected' is None"), (json.dumps(ROW | {"prompt": 3}), "'prompt' is 3"),
+    (json.dumps(ROW | {"rejected": None}), "'rejected' is None"),
+    (json.dumps(ROW | {"chosen": "a\0"}), "holds a NUL"),
+    (json.dumps(ROW | {"chosen": "\ud800"}), "holds half of a surrogate pair"), ("\0", "is no JSON"),
+    (json.dumps(ROW | {"prompt": 3}), "'prompt' is 3"),
 ])
 def test_a_row_that_cannot_be_used_is_named_by_file_and_line(tmp_path, bad, said):
     with pytest.raises(DataError) as caught:
@@ -76,8 +81,52 @@ def test_a_folder_holds_out_its_eval_file_and_rows_bound_the_training(tmp_path):
     lines(tmp_path / "eval.jsonl", *(ROW | {"prompt": f"how {i}?"} for i in range(5)))
     records = read(str(tmp_path), rows=4)
     assert Counter(r.part for r in records) == {"eval": 5, "": 4}
-    assert all(r.prompt.startswith("how" if r.part else "why") for r in records)
+    assert all(r.turns[0][1].startswith("how" if r.part else "why") for r in records)
     assert {r.source for r in records} == {tmp_path.name}
+
+
+def test_which_columns_are_read_is_said_before_the_first_row(tmp_path):
+    said = []
+    name = lines(tmp_path / "rows.jsonl", {"question": "why?", "answer": "so."})
+    record = next(read_source(name, "mine", Data(), 0, said.append))
+    assert said == ["data  mine: columns prompt=question, response=answer (guessed: response)"]
+    assert (record.chosen, record.rejected) == ("so.", "")
+    with pytest.raises(DataError, match=r"line 1: no format fits its columns 'a', 'b'\n.*prompt, chosen, rejected"):
+        read(lines(tmp_path / "other.jsonl", {"a": 1, "b": 2}))
+
+
+def test_every_bad_row_is_counted_by_reason(tmp_path):
+    bad = ["{", json.dumps(ROW | {"chosen": ""}), json.dumps(ROW | {"chosen": 3}), json.dumps({"prompt": "x"})]
+    name = lines(tmp_path / "rows.jsonl", ROW, *bad, ROW)
+    with pytest.raises(DataError) as caught:
+        read(name)
+    assert "line 2: is no JSON" in str(caught.value) and "2 rows: 'chosen' is no text" in str(caught.value)
+    skipped: dict = {}
+    assert len(list(read_source(name, "rows", Data(bad_rows="skip"), 0, skipped=skipped))) == 2
+    assert {reason: count for reason, (count, _) in skipped.items()} == {
+        "is no JSON": 1, "'chosen' is no text": 2, "has no column 'chosen'": 1}
+    assert skipped["'chosen' is no text"][1].startswith("rows.jsonl, line 3")
+    with pytest.raises(DataError, match="no rows to train on(.|\n)*skipped: rows.jsonl, line 1"):
+        read(lines(tmp_path / "rows.jsonl", "{"), bad_rows="skip")
+
+
+def test_a_source_that_changed_its_schema_names_what_is_missing(tmp_path):
+    with pytest.raises(DataError, match=r"line 1: has no column 'rejected'\n  got:    prompt, chosen, worst"):
+        read(lines(tmp_path / "rows.jsonl", {"prompt": "a", "chosen": "b", "worst": "c"}),
+             columns="prompt,chosen,rejected")
+
+
+def test_a_module_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "SOURCES", dict(sources.SOURCES))
+    module = tmp_path / "mine.py"
+    module.write_text("from dschat_kit.data.sources import register_source\n"
+                      "@register_source('five lines')\ndef rows(data, seed):\n"
+                      "    yield 'row 0', '', {'prompt': 'why?', 'response': 'so.'}\n")
+    sources.load_module(str(module))
+    assert read("five lines")[0].chosen == "so."
+    module.write_text("1 / 0")
+    with pytest.raises(DataError, match="data.module(.|\n)*ZeroDivisionError(.|\n)*change"):
+        sources.load_module(str(module))
 
 
 def test_labels_tell_sources_apart():
@@ -94,7 +143,8 @@ def test_a_source_of_ones_own(monkeypatch):
     def mine(data, seed):
         yield "mine, row 0", "eval", ROW | {"prompt": f"seed {seed}"}
         yield "mine, row 1", "", ROW
-    assert [(r.prompt, r.part, r.source) for r in read("mine")] == [("seed 0", "eval", "mine"), ("why?", "", "mine")]
+    assert [(r.turns[0][1], r.part, r.source) for r in read("mine")] == [("seed 0", "eval", "mine"),
+                                                                         ("why?", "", "mine")]
 
 
 def test_the_toy_world_is_a_source_with_a_known_reward():

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from dschat_kit.config import ConfigError
 from dschat_kit.data.splits import epoch_order
+from dschat_kit.data.store import open_rows
 
-__all__ = ["PromptBatch", "SequenceBatch", "StepSampler", "TokenRows", "by_length", "chunks", "pad_prompts",
-           "pad_sequences", "preference_batch", "rank_share", "sft_batch"]
+__all__ = ["PromptBatch", "SequenceBatch", "StepSampler", "TokenRows", "by_length", "chunks", "packed_sft_batch",
+           "pad_prompts", "pad_sequences", "preference_batch", "rank_share", "sft_batch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +29,13 @@ class SequenceBatch:
     """(B, T) bool: a real token"""
     response_mask: Tensor
     """(B, T) bool: a real token of the response, its EOS included"""
+    position_ids: Tensor | None = None
+    """(B, T) int64 for packed rows: begins again at 0 with every row, which is how attention knows where one ends"""
 
     def to(self, device) -> "SequenceBatch":
         """The same batch on another device."""
-        return SequenceBatch(**{name: value.to(device) for name, value in vars(self).items()})
+        return SequenceBatch(**{name: value if value is None else value.to(device)
+                                for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +52,10 @@ class PromptBatch:
 
 
 class TokenRows:
-    """One part's Arrow table (sft | reward | ppo | eval), memory-mapped."""
+    """One part (sft | reward | ppo | eval | ptx | ptx_eval) of the mapped table. Raises RunError when it is damaged."""
 
     def __init__(self, data_dir: Path, part: str):
-        import datasets
-        datasets.disable_progress_bars()
-        self.table = datasets.load_from_disk(str(Path(data_dir) / "rows" / part))
+        self.table = open_rows(data_dir, part)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -119,6 +121,35 @@ def pad_sequences(prompts: list[list[int]], responses: list[list[int]], pad_id: 
 def sft_batch(rows: list[dict], pad_id: int) -> SequenceBatch:
     """Prompts with their chosen responses."""
     return pad_sequences([r["prompt_ids"] for r in rows], [r["chosen_ids"] for r in rows], pad_id)
+
+
+def packed_sft_batch(rows: list[dict], pad_id: int) -> SequenceBatch:
+    """`sft_batch` with several short rows in one sequence, none longer than the longest row (first fit decreasing).
+
+    For models that keep packed rows apart (models.loading.can_pack); the first token of a row is not predicted.
+    """
+    lengths = [len(r["prompt_ids"]) + len(r["chosen_ids"]) for r in rows]
+    width, bins, free = max(lengths), [], []
+    for i in sorted(range(len(rows)), key=lambda i: -lengths[i]):
+        fit = next((b for b, room in enumerate(free) if room >= lengths[i]), len(bins))
+        if fit == len(bins):
+            bins.append([])
+            free.append(width)
+        bins[fit].append(i)
+        free[fit] -= lengths[i]
+    shape = len(bins), width
+    sequences = torch.full(shape, pad_id)
+    positions = torch.zeros(shape, dtype=torch.long)
+    real, response = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+    for line, members in enumerate(bins):
+        end = 0
+        for i in members:
+            start, end = end, end + lengths[i]
+            sequences[line, start:end] = torch.tensor(rows[i]["prompt_ids"] + rows[i]["chosen_ids"])
+            positions[line, start:end] = torch.arange(lengths[i])
+            real[line, start:end] = True
+            response[line, start + max(1, len(rows[i]["prompt_ids"])):end] = True
+    return SequenceBatch(sequences=sequences, attention_mask=real, response_mask=response, position_ids=positions)
 
 
 def preference_batch(rows: list[dict], pad_id: int) -> SequenceBatch:

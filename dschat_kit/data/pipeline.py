@@ -1,40 +1,48 @@
-"""build_stage_data: sources -> prompts -> splits -> token rows on disk, with an account of what was kept and cut.
+"""build_stage_data: sources -> records -> split and blend -> token rows on disk, with an account of what was kept, cut
+and left out. Rows stay on disk all the way; in memory are a few numbers a row.
 
-    data/rows/{sft,reward,ppo,eval}  Arrow tables, memory-mapped by every rank
-    data/tokenizer/                  the tokenizer of the pass
+    data/rows/       a memory-mapped Arrow table and the row numbers of each part (store.py)
+    data/tokenizer/  the tokenizer of the pass
 Runs by itself: python -m dschat_kit.data.pipeline --run RUN/data
 """
 
 import argparse
+import hashlib
+import json
 import os
+import shutil
 import sys
 import time
-from collections import Counter
-from importlib import metadata
+from array import array
+from collections.abc import Iterator
+from importlib import metadata, util
 from pathlib import Path
 
 import numpy as np
 
 from dschat_kit.config import ConfigError, Data, Pipeline
-from dschat_kit.data.prompts import prompt_text, response_text
-from dschat_kit.data.sources import DataError, PreferenceRecord, labels_of, read_source
-from dschat_kit.data.splits import PARTS, blend, epoch_order, part_of, resolve_weights
-from dschat_kit.data.tokenizer import open_tokenizer, train_tokenizer
-from dschat_kit.runs import RunError, StageRun, cannot, write_json
+from dschat_kit.data import sources
+from dschat_kit.data.files import hub_fingerprint
+from dschat_kit.data.prompts import PromptStyle
+from dschat_kit.data.selection import SIDES, Numbers, account_of, blend_rows, filter_rows, place_rows
+from dschat_kit.data.sources import DataError, labels_of, load_module, read_source
+from dschat_kit.data.splits import key_words
+from dschat_kit.data.store import cached, intact, place, table_writer
+from dschat_kit.data.tokenizer import EOS, PAD, encode, open_tokenizer, train_tokenizer
+from dschat_kit.runs import RunError, StageRun, cannot, read_json, write_json
 
-__all__ = ["build_stage_data", "split_records", "token_columns", "tokenizer_of"]
+__all__ = ["build_stage_data", "collect_records", "tokenizer_of", "write_rows", "write_tokens"]
 
-Pools = dict[str, dict[str, list[PreferenceRecord]]]
-"""part -> label of the source -> its records"""
+BATCH = 1000
 
 
 def build_stage_data(run: StageRun, report=print) -> dict:
-    """Build `run` (a data stage whose config.json is written) unless it is finished; returns its result.
+    """Build `run` (a data stage whose config.json is written) unless it is finished and whole; returns its result.
 
     `report` gets lines for the reader. Raises RunError (DataError for a row) or ConfigError for what a user can mend.
     """
     with run.lock():
-        if run.status.get("state") == "finished":
+        if run.status.get("state") == "finished" and intact(run.path):
             return run.result
         started = time.time()
         run.update_status(state="running", step=0, total=4, started=started, error=None, pid=os.getpid())
@@ -61,115 +69,151 @@ def tokenizer_of(run: StageRun):
 
 
 def _build(run: StageRun, pipeline: Pipeline, report) -> dict:
-    pools, account = split_records(pipeline)
-    run.update_status(step=1)
-    weights = [weight for _, weight in pipeline.data.weighted_sources()]
-    blended = {part: _blend(part, pools[part], weights, pipeline.seed) for part in PARTS}
-    blended["eval"] = blended["eval"][: pipeline.data.eval_rows]
-    for part, records in blended.items():
-        report(f"data  {part:<6} {len(records):>7} rows")
-    tokenizer = _tokenizer(pipeline, blended["sft"])
-    tokenizer.save_pretrained(run.path / "tokenizer")
-    run.update_status(step=2)
-    cut, lengths = {}, {}
-    for part, records in blended.items():
-        columns, cut[part] = token_columns(records, tokenizer, pipeline.data)
-        lengths[part] = _lengths(columns)
-        _save(columns, run.path / "rows" / part)
-    run.update_status(step=3)
-    report("data  longer than the limits, cut: "
-           + ", ".join(f"{sum(counts[side] for counts in cut.values())} {side}" for side in cut["sft"]))
-    return account | {"rows": _counts(blended), "truncated": cut, "realised_weights": _weights(blended),
-                      "overlaps": _overlaps(blended), "vocabulary": len(tokenizer), "tokens": lengths}
-
-
-def split_records(pipeline: Pipeline) -> tuple[Pools, dict]:
-    """All records by part and source, and counts of those read and dropped.
-
-    A prompt that any source holds out is dropped from training in all of them.
-    """
     data, names = pipeline.data, [name for name, _ in pipeline.data.weighted_sources()]
-    placed: dict[str, list[tuple[str, PreferenceRecord]]] = {}
-    for name, label in zip(names, labels_of(names), strict=True):
-        rows = list(read_source(name, label, data, pipeline.seed))
-        fraction = 0.0 if any(record.part == "eval" for record in rows) else data.eval_fraction
-        placed[label] = [(r.part or part_of(r.split_key, data.split_shares(), fraction), r) for r in rows]
-    held = {r.split_key for rows in placed.values() for part, r in rows if part == "eval"}
-    pools, dropped = {part: {label: [] for label in placed} for part in PARTS}, {}
-    for label, rows in placed.items():
-        kept = [(part, r) for part, r in rows if part == "eval" or r.split_key not in held]
-        dropped[label] = len(rows) - len(kept)
-        for part, record in kept:
-            pools[part][label].append(record)
-    return pools, {"read": {label: len(rows) for label, rows in placed.items()}, "dropped_because_held_out": dropped}
+    load_module(data.module)
+    tokenizer = None if pipeline.model.name == "scratch" else open_tokenizer(pipeline.model.name)
+    style = PromptStyle(tokenizer, data.prompt_style, data.system, specials=(PAD, EOS) if tokenizer is None else ())
+
+    def build(folder: Path) -> None:
+        write_rows(folder, pipeline, tokenizer, style, report, lambda step: run.update_status(step=step))
+    foreign = [name for name in names if name in sources.SOURCES and name != "toy"]
+    home = run.root.parent if os.access(run.root.parent, os.W_OK) else run.root
+    cache = run.path / ".build" if foreign else Path(os.environ.get("DSCHAT_CACHE") or home / ".data-cache")
+    place(cached(cache, _key(run, names, tokenizer), build, report), run.path)
+    if foreign:  # only the user's code knows whether its rows are still the same
+        shutil.rmtree(cache)
+    return read_json(run.path / "rows" / "account.json")
 
 
-def _blend(part: str, pools: dict[str, list[PreferenceRecord]], given: list, seed: int) -> list[PreferenceRecord]:
-    """The rows of one part in their order. Held-out rows are those that there are; weights bind the training."""
-    weighted = any(weight is not None for weight in given) and part != "eval"
-    empty = [label for label, pool in pools.items() if not pool]
-    if empty and (weighted or len(empty) == len(pools)):
-        raise DataError(f"data.sources: no rows of {', '.join(empty)} are left for {part}\n"
-                        f"  expected: at least one row for each of {', '.join(PARTS)}\n"
-                        "  change:   more rows in data.sources, data.stage_split or data.eval_fraction")
-    chosen = [(pool, weight) for pool, weight in zip(pools.values(), given, strict=True) if pool]
-    sizes = [len(pool) for pool, _ in chosen]
-    shuffled = [[pool[i] for i in epoch_order(len(pool), seed, 0)] for pool, _ in chosen]
-    order = blend(resolve_weights([weight for _, weight in chosen], sizes), sizes)
-    return [shuffled[source][row] for source, row in order]
+def _key(run: StageRun, names: list[str], tokenizer) -> str:
+    """Hash of all that decides the bytes of the rows: settings and files (config_hash), tokenizer, code, versions."""
+    module = run.pipeline.data.module
+    found = util.find_spec(module) if module and not module.endswith(".py") else None
+    code = [*sorted(Path(__file__).parent.glob("*.py")), *([Path(found.origin)] if found else [])]
+    parts = [run.config["config_hash"], *(hub_fingerprint(name) for name in names if name not in sources.SOURCES),
+             *(hashlib.sha256(path.read_bytes()).hexdigest() for path in code), metadata.version("tokenizers")]
+    if tokenizer is not None:
+        inner = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
+        parts += [inner, str(tokenizer.chat_template), str(tokenizer.special_tokens_map)]
+    return hashlib.sha256("\x00".join(parts).encode()).hexdigest()[:24]
 
 
-def _tokenizer(pipeline: Pipeline, records: list[PreferenceRecord]):
-    if pipeline.model.name != "scratch":
-        return open_tokenizer(pipeline.model.name)
-    texts = [prompt_text(r.prompt) + response_text(t) for r in records for t in (r.chosen, r.rejected)]
-    return train_tokenizer(texts, pipeline.model.vocab_size)
+def write_rows(folder: Path, pipeline: Pipeline, tokenizer, style: PromptStyle, report, step=lambda _: None) -> None:
+    """The whole content of a data folder; `tokenizer` None trains one on the SFT rows."""
+    data, weights = pipeline.data, [weight for _, weight in pipeline.data.weighted_sources()]
+    records = folder / "records.arrow"
+    numbers, labels, account = collect_records(records, pipeline, style, report)
+    step(1)
+    part, left_out = place_rows(numbers, data, len(labels))
+    orders = blend_rows(numbers, part, labels, weights, data, pipeline.seed)
+    if tokenizer is None:
+        tokenizer = train_tokenizer(_texts(records, orders["sft"]), pipeline.model.vocab_size)
+        PromptStyle(tokenizer)  # it carries the template of Human/Assistant text
+    tokenizer.save_pretrained(folder / "tokenizer")
+    step(2)
+    numbers |= write_tokens(records, folder / "rows" / "table.arrow", tokenizer, data, report)
+    records.unlink()
+    filtered = filter_rows(numbers, part, data, labels)
+    if filtered:
+        orders = blend_rows(numbers, part, labels, weights, data, pipeline.seed)
+    for name, order in orders.items():
+        np.save(folder / "rows" / f"{name}.npy", order)
+        report(f"data  {name:<6} {len(order):>7} rows")
+    step(3)
+    held_out = dict(zip(labels, left_out.pop("held out").tolist(), strict=True))
+    filtered |= {reason: int(counts.sum()) for reason, counts in left_out.items() if counts.any()}
+    account |= account_of(numbers, orders, labels) | {"vocabulary": len(tokenizer), "left_out": filtered,
+                                                     "dropped_because_held_out": held_out,
+                                                     "markers_defused": style.defused}
+    report("data  longer than the limits, cut: "
+           + ", ".join(f"{sum(cut[side] for cut in account['truncated'].values())} {side}"
+                       for side in ("prompt", "chosen", "rejected")))
+    write_json(folder / "rows" / "account.json", account)
 
 
-def token_columns(records: list[PreferenceRecord], tokenizer, data: Data) -> tuple[dict[str, list], dict[str, int]]:
-    """The columns of a table, and how many prompts, chosen and rejected texts were cut to the limits.
+def collect_records(path: Path, pipeline: Pipeline, style: PromptStyle, report) -> tuple[Numbers, list[str], dict]:
+    """Write the exact texts of all usable rows to `path`; returns their numbers, the sources' labels, and counts."""
+    data, names = pipeline.data, [name for name, _ in pipeline.data.weighted_sources()]
+    labels, kinds = labels_of(names), {"source": "h", "held": "Q", "stage": "Q", "paired": "b", "text": "b",
+                                       "eval": "b", "margin": "d", "content": "Q"}
+    found, columns, skipped = {name: array(kind) for name, kind in kinds.items()}, [], {label: {} for label in labels}
+    stream, write = table_writer(path, with_tokens=False)
+    with stream:
+        for number, (name, label) in enumerate(zip(names, labels, strict=True)):
+            for r in read_source(name, label, data, pipeline.seed, report, skipped[label]):
+                try:
+                    written = style.response if r.turns else style.safe  # plain text is nobody's answer
+                    texts = (style.prompt(r.turns), written(r.chosen), r.rejected and written(r.rejected))
+                except ValueError as error:
+                    raise DataError(f"{r.sample_id}: {error}\n  change: remove the row, or "
+                                    "--set data.prompt_style=dialogue") from error
+                held, stage = key_words(r.split_key)
+                row = (number, held, stage, bool(r.rejected), not r.turns, bool(r.part),
+                       np.nan if r.margin is None else r.margin, int(r.sample_id[-16:], 16))
+                for kind, value in zip(found.values(), row, strict=True):
+                    kind.append(value)
+                columns.append((r.sample_id, label, *texts))
+                if len(columns) == BATCH:
+                    write(list(zip(*columns, strict=True)))
+                    columns.clear()
+            for reason, (count, first) in skipped[label].items():
+                report(f"data  {label}: {count} rows skipped, {reason}; the first: {first.partition(chr(10))[0]}")
+        if columns:
+            write(list(zip(*columns, strict=True)))
+    numbers = {name: np.frombuffer(values, dtype=values.typecode) for name, values in found.items()}
+    counts = np.bincount(numbers["source"], minlength=len(labels))
+    return numbers, labels, {
+        "read": dict(zip(labels, counts.tolist(), strict=True)),
+        "skipped": {label: {reason: count for reason, (count, _) in by.items()} for label, by in skipped.items()}}
 
-    The ids of a whole response end with EOS, those of a cut one do not.
-    """
-    texts = {"prompt": [prompt_text(r.prompt) for r in records], "chosen": [response_text(r.chosen) for r in records],
-             "rejected": [response_text(r.rejected) for r in records]}
-    columns = {"sample_id": [r.sample_id for r in records], "source": [r.source for r in records], **texts}
-    cut = {}
-    for side, column in texts.items():
-        limit, end = (data.max_prompt_tokens, []) if side == "prompt" else (data.max_response_tokens,
-                                                                           [tokenizer.eos_token_id])
-        ids = [row + end for row in tokenizer(column, add_special_tokens=False)["input_ids"]]
-        columns[f"{side}_ids"] = [row[-limit:] if side == "prompt" else row[:limit] for row in ids]
-        cut[side] = sum(len(row) > limit for row in ids)
-    return columns, cut
+
+def _batches(path: Path) -> Iterator[dict[str, list]]:
+    import pyarrow as pa
+    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
+        yield from (batch.to_pydict() for batch in stream)
 
 
-def _save(columns: dict[str, list], path: Path) -> None:
+def _texts(path: Path, rows: np.ndarray) -> Iterator[str]:
+    """Prompt and response, twice where there is a rejected one, of the given rows."""
     import datasets
-    datasets.disable_progress_bars()
-    datasets.Dataset.from_dict(columns).save_to_disk(str(path))
+    table = datasets.Dataset.from_file(str(path))
+    for start in range(0, len(rows), BATCH):
+        some = table[rows[start:start + BATCH]]
+        for prompt, *responses in zip(some["prompt"], some["chosen"], some["rejected"], strict=True):
+            yield from (prompt + response for response in responses if response)
 
 
-def _counts(blended: dict[str, list[PreferenceRecord]]) -> dict:
-    sources = dict.fromkeys(r.source for records in blended.values() for r in records)
-    return {source: {part: sum(r.source == source for r in records) for part, records in blended.items()}
-            for source in sources}
+def write_tokens(records: Path, path: Path, tokenizer, data: Data, report=lambda line: None) -> Numbers:
+    """The records with their token ids; (N,) numbers of tokens, and which texts were cut."""
+    found = {name: [] for side in SIDES for name in (side, f"cut_{side}")}
+    rows, told, started = 0, time.monotonic(), time.monotonic()
+    stream, write = table_writer(path, with_tokens=True)
+    with stream:
+        for batch in _batches(records):
+            ids = {}
+            for side in SIDES:
+                ids[side], cut = token_column(batch[side], side, tokenizer, data)
+                found[side] += map(len, ids[side])
+                found[f"cut_{side}"] += cut
+            write([*batch.values(), *ids.values()])
+            rows += len(batch["sample_id"])
+            if time.monotonic() - told > 5:
+                told = time.monotonic()
+                report(f"data  {rows:>9} rows tokenised, {rows / (told - started):.0f} rows/s")
+    return {name: np.array(values, dtype=np.int32) for name, values in found.items()}
 
 
-def _weights(blended: dict[str, list[PreferenceRecord]]) -> dict:
-    return {part: {s: n / len(records) for s, n in Counter(r.source for r in records).items()}
-            for part, records in blended.items()}
+def token_column(texts: list[str], side: str, tokenizer, data: Data) -> tuple[list[list[int]], list[bool]]:
+    """Ids of prompts, or of chosen or rejected responses, and which were cut to the limits.
 
-
-def _overlaps(blended: dict[str, list[PreferenceRecord]]) -> dict:
-    keys = {part: {r.split_key for r in records} for part, records in blended.items()}
-    return {f"{a} and {b}": len(keys[a] & keys[b]) for i, a in enumerate(PARTS) for b in PARTS[i + 1:]}
-
-
-def _lengths(columns: dict[str, list]) -> dict:
-    return {side: {name: float(np.quantile([len(row) for row in columns[f"{side}_ids"]], p))
-                   for name, p in (("median", 0.5), ("p95", 0.95), ("max", 1.0))}
-            for side in ("prompt", "chosen", "rejected")}
+    The ids of a whole response end with EOS, those of a cut one do not. A response that a source does not have is [].
+    """
+    ids = encode(tokenizer, texts)
+    if side == "prompt":
+        return [row[-data.max_prompt_tokens:] for row in ids], [len(row) > data.max_prompt_tokens for row in ids]
+    limit, end = data.max_response_tokens, [tokenizer.eos_token_id]
+    whole = [row + end if text else [] for row, text in zip(ids, texts, strict=True)]
+    return [row[:limit] for row in whole], [len(row) > limit for row in whole]
 
 
 def main(argv: list[str] | None = None) -> int:

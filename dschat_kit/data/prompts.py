@@ -1,18 +1,54 @@
-"""A record's texts -> the exact text that a model reads. The only file that spells the dialogue's roles."""
+"""A dialogue -> the exact text that a model reads. The only file that spells the roles or applies a chat template.
 
-__all__ = ["ASSISTANT", "HUMAN", "prompt_text", "question_of", "response_text"]
+Two styles: `dialogue` is DeepSpeed-Chat's Human/Assistant text, `chat` the tokenizer's own template. Whichever it is,
+the tokenizer of the run carries it as its `chat_template`, so that an exported model is prompted as it was trained.
+"""
+
+import re
+from collections.abc import Iterable
+
+from dschat_kit.config import ConfigError
+
+__all__ = ["ASSISTANT", "HUMAN", "PromptStyle", "Turn", "dialogue_text", "prompt_text", "question_of", "response_text",
+           "split_dialogue", "turns_of"]
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+Turn = tuple[str, str]
+"""(role, text); the roles are system, user and assistant"""
+MARKS = {"system": "", "user": HUMAN, "assistant": ASSISTANT}
+DIALOGUE_TEMPLATE = (
+    "{% for m in messages %}{% set said = m['content'] | trim %}"
+    "{% if m['role'] == 'system' %}{{ said }}{% else %}"
+    "{{ '\\n\\nHuman:' if m['role'] == 'user' else '\\n\\nAssistant:' }}{{ ' ' + said if said }}"
+    "{{ eos_token if loop.last and m['role'] == 'assistant' and not add_generation_prompt }}{% endif %}{% endfor %}"
+    "{{ '\\n\\nAssistant:' if add_generation_prompt }}")
+
+
+def split_dialogue(text: str, human: str = HUMAN, assistant: str = ASSISTANT) -> list[Turn]:
+    """The turns of a text in which roles are spelled out; what stands before the first one is the system message.
+
+    A last turn of the assistant that is empty only says who speaks next and is left out.
+    """
+    parts = re.split(f"({re.escape(human)}|{re.escape(assistant)})", text)
+    turns = [("system", parts[0].strip())] if parts[0].strip() else []
+    turns += [("user" if mark == human else "assistant", said.strip())
+              for mark, said in zip(parts[1::2], parts[2::2], strict=True)]
+    return turns[:-1] if turns and turns[-1] == ("assistant", "") else turns
+
+
+def dialogue_text(turns: Iterable[Turn]) -> str:
+    """Human/Assistant text, ending where the assistant speaks next."""
+    return "".join(MARKS[role] + (" " * (role != "system") + text.strip()).rstrip() for role, text in turns) + ASSISTANT
+
+
+def turns_of(text: str) -> list[Turn]:
+    """A question, or a whole dialogue in Human/Assistant text, which begins with its first `Human:`."""
+    return split_dialogue(text) if text.startswith(HUMAN) else [("user", text)]
 
 
 def prompt_text(text: str) -> str:
-    """A question or a whole dialogue, ending where the assistant speaks next.
-
-    A text without roles becomes one human turn; a dialogue keeps its turns. DeepSpeed-Chat's form.
-    """
-    if HUMAN in text:
-        return text.rstrip() if text.rstrip().endswith(ASSISTANT) else text.rstrip() + ASSISTANT
-    return f"{HUMAN} {text.strip()}{ASSISTANT}"
+    """A question or a whole dialogue in Human/Assistant text."""
+    return dialogue_text(turns_of(text))
 
 
 def response_text(text: str) -> str:
@@ -23,3 +59,80 @@ def response_text(text: str) -> str:
 def question_of(prompt: str) -> str:
     """What the human said last, for display."""
     return prompt.rpartition(HUMAN)[2].removesuffix(ASSISTANT).strip()
+
+
+class PromptStyle:
+    """How prompts and responses of one tokenizer are written. Nothing inside a turn can become a role or a special
+    token: what would is broken by a space after its first character. Raises ConfigError for a template that cannot be
+    trained on."""
+
+    def __init__(self, tokenizer=None, style: str = "dialogue", system: str = "", specials: Iterable[str] = ()):
+        self.tokenizer, self.chat, self.system = tokenizer, style == "chat", system
+        specials = set(specials)
+        if tokenizer is not None:
+            specials |= {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+            specials |= set(tokenizer.all_special_tokens)
+        self.before, self.after, markers = " ", "", {HUMAN, ASSISTANT}
+        if self.chat:
+            markers = self._study_template(specials)
+        elif tokenizer is not None:
+            tokenizer.chat_template = DIALOGUE_TEMPLATE
+        self._markers = sorted(filter(str.strip, specials | markers), key=len, reverse=True)
+        self.defused = 0
+
+    @classmethod
+    def of(cls, tokenizer) -> "PromptStyle":
+        """The style of a model that was exported with its tokenizer; without a template Human/Assistant text."""
+        return cls(tokenizer, "chat" if tokenizer.chat_template not in (None, "", DIALOGUE_TEMPLATE) else "dialogue")
+
+    def prompt(self, turns: Iterable[Turn]) -> str:
+        """The text before a response. Raises ValueError where the template refuses the turns."""
+        turns = [(role, self.safe(text)) for role, text in turns]
+        if self.system and turns and turns[0][0] != "system":
+            turns = [("system", self.system), *turns]
+        return self._render(turns, True) if self.chat else dialogue_text(turns) if turns else ""
+
+    def response(self, text: str) -> str:
+        """A response without its EOS."""
+        return self.before + self.safe(text.strip()) + self.after
+
+    def safe(self, text: str) -> str:
+        """The same text, in which nothing is a role's marker or a special token; `defused` counts what was."""
+        for marker in self._markers:
+            if marker in text:
+                self.defused += text.count(marker)
+                text = text.replace(marker, f"{marker[0]} {marker[1:]}")
+        return text
+
+    def _render(self, turns: list[Turn], ask: bool) -> str:
+        from jinja2 import TemplateError
+        try:
+            return self.tokenizer.apply_chat_template([{"role": role, "content": text.strip()} for role, text in turns],
+                                                      tokenize=False, add_generation_prompt=ask)
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses it: {error}") from error
+
+    def _study_template(self, specials: set[str]) -> set[str]:
+        """Where an answer begins and ends in the template, and the words that are roles in it."""
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise ConfigError("data.prompt_style: got 'chat', but the tokenizer has no chat template\n  expected: a "
+                              "model with one\n  change:   --set data.prompt_style=dialogue, or another model.name")
+        one, answer, two, last = said = ("QXAZQ", "QXBZQ", "QXCZQ", "QXDZQ")
+        turns = [("system", self.system)] * bool(self.system) + [("user", one), ("assistant", answer), ("user", two)]
+        try:
+            asked, whole = self._render(turns, True), self._render([*turns, ("assistant", last)], False)
+        except ValueError as error:
+            raise ConfigError(f"data.system: got {self.system!r}, and {error}\n  expected: roles that the template "
+                              "knows\n  change:   --set data.system= or data.prompt_style=dialogue") from error
+        before, _, after = whole.removeprefix(asked).partition(last)
+        if not whole.startswith(asked) or before.strip():
+            raise ConfigError(f"data.prompt_style: the chat template asks with {asked.rpartition(two)[2]!r} but writes "
+                              f"{whole.rpartition(two)[2].partition(last)[0]!r} before an answer\n"
+                              "  expected: the same text, else a model is asked as it was never trained\n"
+                              "  change:   the model's chat_template, or --set data.prompt_style=dialogue")
+        found = re.search("|".join(map(re.escape, sorted(specials, key=len, reverse=True))), after)
+        if found:  # what ends an answer here is what has to stop the generation
+            self.tokenizer.eos_token = found[0]
+        self.before, self.after = before, after[:found.start()] if found else ""
+        pieces = re.split("|".join(map(re.escape, [*said, *specials])), whole)
+        return {piece.strip() for piece in pieces if not piece.strip().isalnum()}

@@ -1,25 +1,29 @@
 """Raw rows of any source -> PreferenceRecord. A `sample_id` is born here and follows the sample everywhere.
 
-A source is a function from data settings and a seed to rows; `register_source` adds one by name.
+A source is a name of the table in formats.py, a file, a folder, a name of the Hub, or a function of the user's:
+`register_source` in the module that `data.module` names, which every launched rank imports as well.
 """
 
 import hashlib
-import json
+import importlib
+import importlib.util
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from dschat_kit.config import Data
 from dschat_kit.data import toy
-from dschat_kit.runs import RunError, source_files
+from dschat_kit.data.files import DataError, Rows, raw_rows
+from dschat_kit.data.formats import FORMATS, HUB, BadRow, Format, Pair, guess
+from dschat_kit.data.prompts import Turn, dialogue_text
 
-__all__ = ["DataError", "PreferenceRecord", "gold_of", "labels_of", "read_source", "register_source"]
+__all__ = ["DataError", "PreferenceRecord", "Skipped", "gold_of", "labels_of", "load_module", "preview", "read_source",
+           "register_source"]
 
 TOY_ROWS = 20_000
-
-
-class DataError(RunError):
-    """A row or a file that cannot be used, with the place where it stands."""
+NAMED = {1: "text", 2: "response", 3: "preference"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,23 +31,33 @@ class PreferenceRecord:
     sample_id: str
     """Source name and hash of the row's content: the same row has the same id in every run."""
     source: str
-    prompt: str
+    turns: tuple[Turn, ...]
+    """What was said before the response; empty for plain text."""
     chosen: str
     rejected: str
+    """Empty where the source has one response only."""
     split_key: str
     """Records with the same key are never split between stages nor between training and evaluation: the row's own
-    `split_key` where it has one, else its prompt."""
+    `split_key` where it has one, else its dialogue without the system message."""
     part: str
     """`eval` where the source says that the row is held out, else empty."""
+    margin: float | None = None
+    """By how much the chosen response is better, where the source says so."""
+
+    @property
+    def prompt(self) -> str:
+        """The dialogue before the response in Human/Assistant text, for display and for the toy world's gold reward."""
+        return dialogue_text(self.turns)
 
 
-Rows = Iterator[tuple[str, str, dict]]
-"""(place in words for messages, part, raw row)"""
 SOURCES: dict[str, Callable[[Data, int], Rows]] = {}
+Skipped = dict[str, tuple[int, str]]
+"""reason -> (how many rows, what was said of the first one)"""
 
 
 def register_source(name: str):
-    """Decorator: makes `data.sources=NAME` call the function with (data settings, seed); it yields Rows."""
+    """Decorator: makes `data.sources=NAME` call the function with (data settings, seed); it yields
+    (place in words, `eval` or empty, row), the row in any format of formats.py."""
     def register(function: Callable[[Data, int], Rows]):
         SOURCES[name] = function
         return function
@@ -54,6 +68,21 @@ def register_source(name: str):
 def _toy(data: Data, seed: int) -> Rows:
     for number, row in enumerate(toy.toy_rows(data.rows or TOY_ROWS, seed)):
         yield f"toy row {number}", "", row
+
+
+def load_module(name: str) -> None:
+    """Import the user's module, a .py file or an importable name; it registers its sources. Raises DataError."""
+    if not name or name in sys.modules:
+        return
+    try:
+        if not name.endswith(".py"):
+            importlib.import_module(name)
+            return
+        spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    except Exception as error:  # it is the user's code
+        raise DataError(f"data.module: {name!r} cannot be imported: {type(error).__name__}: {error}\n  expected: a .py "
+                        "file or a module that calls register_source\n  change: --set data.module=PATH") from error
 
 
 def gold_of(source: str):
@@ -71,74 +100,107 @@ def labels_of(names: list[str]) -> list[str]:
     return names
 
 
-def read_source(name: str, label: str, data: Data, seed: int) -> Iterator[PreferenceRecord]:
-    """All rows of one source, called `label` in ids. Raises DataError naming file and line of an unusable one."""
-    columns = ("prompt", "chosen", "rejected") if name in SOURCES else data.column_names()
-    rows = SOURCES[name](data, seed) if name in SOURCES else _local(name) if source_files(name) else _hub(name)
-    taken = 0
-    for place, part, row in rows:
+def read_source(name: str, label: str, data: Data, seed: int, report=lambda line: None,
+                skipped: Skipped | None = None) -> Iterator[PreferenceRecord]:
+    """All rows of one source, called `label` in ids; which columns were taken is reported before the first one.
+
+    Rows that cannot be used are counted by reason in `skipped` where data.bad_rows says skip; otherwise they raise
+    DataError at the end, the first one by file and line. So does a file that cannot be read to its end.
+    """
+    form, names, taken, bad = None, {}, 0, Counter()
+    first: dict[str, str] = {}
+    for place, part, row in SOURCES[name](data, seed) if name in SOURCES else raw_rows(name):
         if data.rows and taken >= data.rows:
-            return
-        yield _record(row, columns, place, part, label)
-        taken += not part
+            break
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            if not isinstance(row, dict):
+                raise BadRow("is no object", f"got {type(row).__name__}\n  expected: an object with columns")
+            if form is None:
+                form, names = _format(name, label, row, data, place, report)
+            for pair in _pairs(form, names, row):
+                yield _record(pair, row, label, part)
+            taken += not part
+        except BadRow as error:
+            bad[error.reason] += 1
+            first.setdefault(error.reason, f"{place}: {error}")
+    if bad and data.bad_rows == "stop":
+        every = "".join(f"\n  {count} rows: {reason}" for reason, count in bad.items()) if bad.total() > 1 else ""
+        raise DataError(f"{next(iter(first.values()))}{every}\n"
+                        "  change: mend or remove them, or --set data.bad_rows=skip")
+    if skipped is not None:
+        skipped |= {reason: (count, first[reason]) for reason, count in bad.items()}
     if not taken:
-        raise DataError(f"data.sources: {name} has no rows to train on\n  expected: at least one with "
-                        f"{', '.join(columns)}\n  change:   --set data.sources=PATH")
+        raise DataError(f"data.sources: {name} has no rows to train on\n  expected: at least one that can be used"
+                        + "".join(f"\n  skipped: {text}" for text in first.values()) + "\n"
+                        "  change:   --set data.sources=PATH")
 
 
-def _record(row: dict, columns: tuple[str, ...], place: str, part: str, label: str) -> PreferenceRecord:
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: got {type(row).__name__}\n  expected: an object with {', '.join(columns)}\n"
-                        "  change: mend or remove the line")
-    texts = []
-    for column in columns:
+def _format(name: str, label: str, row: dict, data: Data, place: str, report) -> tuple[Format, dict[str, str]]:
+    """The format of a source and {its column: the row's}: known by name, named in data.columns, or guessed."""
+    named = [] if name in SOURCES else data.column_names()
+    if name in HUB and not named:
+        form, names, how = HUB[name], {column: column for column in HUB[name].needs}, "known by name"
+    elif named:
+        form = FORMATS[NAMED[len(named)]]
+        names, how = dict(zip(form.needs, named, strict=True)), "as data.columns says"
+    else:
+        found = guess(row)
+        if found is None:
+            near = "\n            ".join(", ".join(form.needs) for form in FORMATS.values())
+            raise DataError(f"{place}: no format fits its columns {', '.join(map(repr, row)) or '(none)'}\n"
+                            f"  expected: {near}\n  change:   --set data.columns=PROMPT,CHOSEN,REJECTED")
+        form, names, how = FORMATS[found[0]], found[1], f"guessed: {found[0]}"
+    if name not in SOURCES:
+        shown = ", ".join(ours if ours == theirs else f"{ours}={theirs}" for ours, theirs in names.items())
+        report(f"data  {label}: columns {shown} ({how})")
+    return form, names
+
+
+def _pairs(form: Format, names: dict[str, str], row: dict) -> list[Pair]:
+    for column in names.values():
         if column not in row:
-            raise DataError(f"{place}: has no column {column!r}\n  got:    {', '.join(map(str, row)) or 'no columns'}\n"
-                            "  change: --set data.columns=PROMPT,CHOSEN,REJECTED")
-        if not isinstance(row[column], str) or not row[column].strip():
-            raise DataError(f"{place}: {column!r} is {row[column]!r}\n  expected: text that is not empty\n"
-                            "  change: mend or remove the row")
-        texts.append(row[column])
-    digest = hashlib.blake2b("\x00".join(texts).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-    prompt, chosen, rejected = texts
-    key = str(row.get("split_key") or " ".join(prompt.split()))
-    return PreferenceRecord(sample_id=f"{label}-{digest}", source=label, prompt=prompt, chosen=chosen,
-                            rejected=rejected, split_key=key, part=part)
-
-
-def _local(name: str) -> Rows:
-    train, *held_out = source_files(name)
-    for file in (*held_out, train):  # training rows last: data.rows bounds them
-        yield from ((place, "" if file == train else "eval", row) for place, row in _json_lines(file))
-
-
-def _json_lines(file: Path) -> Iterator[tuple[str, dict]]:
+            raise BadRow(f"has no column {column!r}", f"has no column {column!r}\n  got:    "
+                         f"{', '.join(map(str, row)) or 'no columns'}\n  change: data.columns names the columns")
+    renamed = {ours: row[theirs] for ours, theirs in names.items()}
     try:
-        with open(file, "rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                place = f"{file.name}, line {number}"
-                if not line.strip():
-                    continue
-                try:
-                    yield place, json.loads(line.decode("utf-8"))
-                except UnicodeDecodeError as error:
-                    raise DataError(f"{place}: is not UTF-8 ({error.reason})\n  change: the file's encoding") from None
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{place}: is no JSON ({error})\n  expected: one JSON object a line\n"
-                                    "  change: mend or remove the line") from None
-    except OSError as error:
-        raise DataError(f"data.sources: {file} cannot be read: {error.strerror}\n"
-                        "  change: the file's permissions, or --set data.sources=PATH") from error
+        pairs = list(form.pairs(row if renamed.items() <= row.items() else {**row, **renamed}))
+    except BadRow as error:
+        for ours, theirs in names.items():
+            error.args = (str(error).replace(repr(ours), repr(theirs)),)
+        raise
+    except (TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
+        raise BadRow("has other values than its format", f"has other values than its format: {error!r}") from None
+    for pair in pairs:
+        _check_text([text for _, text in pair.turns] + [pair.chosen, pair.rejected])
+    return pairs
 
 
-def _hub(name: str) -> Rows:
-    import datasets
-    try:
-        parts = datasets.load_dataset(name)
-    except Exception as error:  # the library raises many kinds; each means that the name cannot be loaded
-        raise DataError(f"data.sources: {name!r} cannot be loaded: {str(error).partition(chr(10))[0]}\n"
-                        "  expected: toy, a local JSON-lines file or folder, or a data set of a reachable Hub\n"
-                        "  change: --set data.sources=PATH") from error
-    for split in sorted(parts, key=lambda s: s == "train"):
-        part = "" if split == "train" else "eval"
-        yield from ((f"{name} {split} row {number}", part, row) for number, row in enumerate(parts[split]))
+def _check_text(texts: list[str]) -> None:
+    for text in texts:
+        if "\x00" in text:
+            raise BadRow("holds a NUL character")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise BadRow("holds half of a surrogate pair, which is no text") from None
+
+
+def _record(pair: Pair, row: dict, label: str, part: str) -> PreferenceRecord:
+    prompt = dialogue_text(pair.turns) if pair.turns else ""
+    digest = hashlib.blake2b("\x00".join((prompt, pair.chosen.strip(), pair.rejected.strip())).encode(), digest_size=8)
+    key = row.get("split_key") or dialogue_text(t for t in pair.turns if t[0] != "system") if prompt else pair.chosen
+    return PreferenceRecord(sample_id=f"{label}-{digest.hexdigest()}", source=label, turns=tuple(pair.turns),
+                            chosen=pair.chosen, rejected=pair.rejected, part=part, margin=pair.margin,
+                            split_key=" ".join(str(key).split()))
+
+
+def preview(data: Data, seed: int = 0) -> None:
+    """Print, before anything is built, which columns each source is read with, and its first record."""
+    load_module(data.module)
+    names = [name for name, _ in data.weighted_sources()]
+    for name, label in zip(names, labels_of(names), strict=True):
+        record = next(iter(read_source(name, label, data, seed, print)))
+        print(f"{record.sample_id}\n  prompt   {record.prompt!r}\n  chosen   {record.chosen!r}\n"
+              f"  rejected {record.rejected!r}")

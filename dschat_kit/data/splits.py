@@ -4,9 +4,15 @@ import hashlib
 
 import numpy as np
 
-__all__ = ["PARTS", "blend", "epoch_order", "part_of", "resolve_weights"]
+__all__ = ["PARTS", "blend", "epoch_order", "key_words", "part_of", "parts_of", "resolve_weights"]
 
 PARTS = ("sft", "reward", "ppo", "eval")
+
+
+def key_words(key: str) -> tuple[int, int]:
+    """Two 64-bit words of a key's hash: one decides whether it is held out (and stands for the key), one its stage."""
+    digest = hashlib.blake2b(" ".join(key.split()).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
 def part_of(key: str, shares: tuple[float, float, float], eval_fraction: float) -> str:
@@ -14,11 +20,24 @@ def part_of(key: str, shares: tuple[float, float, float], eval_fraction: float) 
 
     Neither row number, source nor seed matter, so the same prompt lands in the same part in every source and run.
     """
-    text = " ".join(key.split()).encode("utf-8", "surrogatepass")
-    held, stage = np.frombuffer(hashlib.blake2b(text, digest_size=16).digest(), dtype=np.uint64) / 2.0**64
-    if held < eval_fraction:
-        return "eval"
-    return PARTS[int(np.searchsorted(np.cumsum(shares)[:-1], stage, side="right"))]
+    held, stage = np.asarray(key_words(key), dtype=np.uint64)[:, None]
+    return PARTS[parts_of(held, stage, shares, eval_fraction, np.array([True]))[0]]
+
+
+def parts_of(held: np.ndarray, stage: np.ndarray, shares: tuple[float, float, float], eval_fraction,
+             pairs: np.ndarray) -> np.ndarray:
+    """(N,) index into PARTS for (N,) words of `key_words`; `eval_fraction` a number or one a row.
+
+    A row without a rejected response (`pairs` False) is of no use to the reward stage: the interval of the hash that is
+    the reward stage's is then divided between sft and ppo.
+    """
+    place, limits = stage / 2.0**64, np.cumsum(shares)[:-1]
+    part = np.searchsorted(limits, place, side="right")
+    inside = (place - limits[0]) / (limits[1] - limits[0])
+    part[(part == 1) & ~pairs & (inside < shares[0] / (shares[0] + shares[2]))] = 0
+    part[(part == 1) & ~pairs] = 2
+    part[held / 2.0**64 < eval_fraction] = 3
+    return part
 
 
 def resolve_weights(given: list[float | None], sizes: list[int]) -> np.ndarray:
@@ -33,10 +52,11 @@ def blend(weights: np.ndarray, sizes: list[int]) -> np.ndarray:
     Quota method (largest remainder): the next sample comes from the source that is furthest behind its share,
     so any 1,000 samples in a row are within one percentage point of the weights.
     """
-    active = [i for i, weight in enumerate(weights) if weight > 0]
-    taken, order = np.zeros(len(weights), dtype=int), []
+    share, sizes = [float(weight) for weight in weights], [int(size) for size in sizes]
+    active = [i for i, weight in enumerate(share) if weight > 0]
+    taken, order = [0] * len(share), []
     for position in range(1, sum(sizes) + 1):
-        source = max(active, key=lambda i: weights[i] * position - taken[i])
+        source = max(active, key=lambda i: share[i] * position - taken[i])
         if taken[source] >= sizes[source]:
             break
         order.append((source, taken[source]))

@@ -18,8 +18,8 @@ from dschat_kit.config import ConfigError, Model
 from dschat_kit.data.tokenizer import pad_id_of
 from dschat_kit.runs import RunError
 
-__all__ = ["DTYPES", "accepts", "check_length", "load_causal_lm", "load_config", "load_pretrained", "model_inputs",
-           "quiet_loading", "response_logits", "save_folder"]
+__all__ = ["DTYPES", "accepts", "can_pack", "check_length", "load_causal_lm", "load_config", "load_pretrained",
+           "model_inputs", "quiet_loading", "response_logits", "save_folder"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CAUSAL = ("ForCausalLM", "LMHeadModel")
@@ -120,8 +120,24 @@ def _forward_parameters(model_class: type) -> frozenset[str]:
     return frozenset(inspect.signature(model_class.forward).parameters)
 
 
-def model_inputs(model: nn.Module, sequences: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-    """Keyword arguments of a forward pass. Positions count real tokens only, so left padding changes nothing."""
+@torch.no_grad()
+def can_pack(model: nn.Module) -> bool:
+    """Whether the model keeps rows that are packed into one sequence apart: tried, not looked up. Other tokens in the
+    first row must not change one bit of the second row's logits."""
+    if not accepts(model, "position_ids"):
+        return False
+    device = next(model.parameters()).device
+    rows, positions = torch.tensor([[1, 2, 3, 4, 5, 6], [6, 5, 4, 4, 5, 6]]), torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
+    logits = model(input_ids=rows.to(device), position_ids=positions.to(device), use_cache=False).logits[:, 3:]
+    return bool(torch.equal(logits[0], logits[1]))
+
+
+def model_inputs(model: nn.Module, sequences: Tensor, attention_mask: Tensor,
+                 packed_positions: Tensor | None = None) -> dict[str, Tensor]:
+    """Keyword arguments of a forward pass. Positions count real tokens only, so left padding changes nothing; those of
+    packed rows say where each begins (only without a cache: a model with one believes that it goes on)."""
+    if packed_positions is not None:
+        return {"input_ids": sequences, "position_ids": packed_positions}
     inputs = {"input_ids": sequences, "attention_mask": attention_mask}
     if accepts(model, "position_ids"):
         inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)

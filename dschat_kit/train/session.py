@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dschat_kit.data.pipeline import build_stage_data, tokenizer_of
+from dschat_kit.data.store import intact
 from dschat_kit.data.tokenizer import pad_id_of
 from dschat_kit.engine.checkpoints import load_checkpoint, save_checkpoint
 from dschat_kit.engine.zero import full_state_dict
@@ -55,7 +56,7 @@ class Session:
     def prepare_data(self) -> tuple:
         """(data folder, tokenizer, id for padding); the main rank builds the data stage first where it is missing."""
         data = open_run(self.root, "data")
-        if self.is_main and data.state != "finished":
+        if self.is_main and (data.state != "finished" or not intact(data.path)):
             prepare_stage(self.root, "data", self.pipeline, preset=self.run.config["preset"], resume="auto")
             build_stage_data(data, report=self.say)
         dist.barrier()

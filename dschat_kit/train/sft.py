@@ -3,7 +3,7 @@
     deepspeed --num_gpus 2 --module dschat_kit.train.sft --run RUN/sft
 
 Steps: 1. rows and model  2. loss on held-out rows before  3. optimiser steps on response tokens
-4. loss after  5. export. Left out on purpose: packing of several rows into one sequence.
+4. loss after  5. export.
 """
 
 import math
@@ -12,9 +12,9 @@ import time
 import numpy as np
 import torch
 
-from dschat_kit.data.datasets import StepSampler, TokenRows, by_length, chunks, rank_share, sft_batch
+from dschat_kit.data.datasets import StepSampler, TokenRows, by_length, chunks, packed_sft_batch, rank_share, sft_batch
 from dschat_kit.engine.engines import build_engine, grad_norm, learning_rate, set_learning_rate
-from dschat_kit.models.loading import check_length, load_causal_lm, model_inputs
+from dschat_kit.models.loading import can_pack, check_length, load_causal_lm, model_inputs
 from dschat_kit.models.lora import add_adapters
 from dschat_kit.rlhf.losses import sft_loss
 from dschat_kit.train.rank import main
@@ -32,6 +32,10 @@ def train(session: Session) -> dict:
                           batch_size=settings.batch_size, micro_batch_size=settings.micro_batch_size,
                           world_size=session.world_size, grad_clip=settings.grad_clip,
                           weight_decay=settings.weight_decay)
+    packed = settings.packing and can_pack(engine)
+    if settings.packing and not packed:
+        session.say("this model does not keep packed rows apart: they are padded")
+    make_batch = packed_sft_batch if packed else sft_batch
     sampler = StepSampler(rows=len(rows), batch_size=settings.batch_size, seed=pipeline.seed)
     steps = sampler.steps(settings.epochs, settings.max_steps)
     state = session.begin(steps, {"model": engine})
@@ -47,8 +51,9 @@ def train(session: Session) -> dict:
                                           sum(len(row["chosen_ids"]) + len(row["prompt_ids"]) for row in mine))
         loss = 0.0
         for micro in chunks(mine, settings.micro_batch_size):
-            batch = sft_batch(micro, pad_id).to(session.device)
-            logits = engine(**model_inputs(engine, batch.sequences, batch.attention_mask), use_cache=False).logits
+            batch = make_batch(micro, pad_id).to(session.device)
+            inputs = model_inputs(engine, batch.sequences, batch.attention_mask, batch.position_ids)
+            logits = engine(**inputs, use_cache=False).logits
             part, metrics = sft_loss(logits, batch.sequences, batch.response_mask, tokens)
             session.backward(engine, part)
             loss += metrics["loss"]
@@ -65,7 +70,7 @@ def train(session: Session) -> dict:
     session.export(model, tokenizer)
     return {"eval_loss_before": state["loss_before"], "eval_loss_after": state["loss_after"],
             "eval_perplexity": math.exp(min(state["loss_after"], 700)), "steps": steps,
-            "tokens_per_second": state["tokens"] / max(state["seconds"], 1e-9),
+            "packed": packed, "tokens_per_second": state["tokens"] / max(state["seconds"], 1e-9),
             "seconds": time.time() - session.started}
 
 

@@ -1,0 +1,137 @@
+"""Files, folders and names -> raw rows. JSON lines are read here, because only so can a bad one be named, counted and
+skipped; everything else is read by the `datasets` library, streamed, so that no second copy goes stale."""
+
+import bz2
+import gzip
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from dschat_kit.data.formats import HUB, BadRow
+from dschat_kit.runs import RunError, source_files
+
+__all__ = ["DataError", "Rows", "hub_fingerprint", "raw_rows"]
+
+Rows = Iterator[tuple[str, str, object]]
+"""(place in words for messages, `eval` or empty, raw row or the BadRow that it is)"""
+LONGEST = 16 * 2**20
+OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+BUILDERS = {".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text", ".json": "json"}
+OPTIONS = {"csv": {"na_filter": False}, "text": {"sample_by": "paragraph"}}
+
+
+class DataError(RunError):
+    """A row or a file that cannot be used, with the place where it stands."""
+
+
+def raw_rows(name: str) -> Rows:
+    """All rows of a local file, folder or glob, or of a data set of the Hub. Raises DataError."""
+    if not (files := source_files(name)):
+        return _hub(name)
+    return _saved(Path(name)) if files[0].suffix == ".arrow" and Path(name).is_dir() else _local(files)
+
+
+def _local(files: list[Path]) -> Rows:
+    parts = {file: "eval" if re.match(r"(eval|test|valid|dev)", file.name) and len(files) > 1 else "" for file in files}
+    for file in sorted(files, key=lambda f: not parts[f]):  # training rows last: data.rows bounds them
+        try:
+            yield from ((place, parts[file], row) for place, row in _read(file))
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            said = f"{getattr(error, 'strerror', None) or error}" or "the file ends too early"
+            raise DataError(f"data.sources: {file} cannot be read: {said}\n"
+                            "  change: the file or its permissions, or --set data.sources=PATH") from error
+
+
+def _read(file: Path) -> Iterator[tuple[str, object]]:
+    kind = next((s for s in reversed(file.suffixes) if s not in OPEN), "")
+    opened = OPEN.get(file.suffix, open)
+    if kind in BUILDERS and kind != ".json":
+        return _by_library(file, BUILDERS[kind])
+    with opened(file, "rb") as stream:
+        whole = kind == ".json" and stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
+    return _by_library(file, "json") if whole else _json_lines(file, opened)
+
+
+def _json_lines(file: Path, opened) -> Iterator[tuple[str, object]]:
+    number = 0
+    with opened(file, "rb") as stream:
+        while line := stream.readline(LONGEST + 1):
+            long = len(line) > LONGEST
+            while len(line) > LONGEST and not line.endswith(b"\n"):
+                line = stream.readline(LONGEST + 1) or b"\n"
+            for piece in [b""] if long else line.removesuffix(b"\n").removesuffix(b"\r").split(b"\r"):
+                number += 1
+                if number == 1:
+                    piece = piece.removeprefix(b"\xef\xbb\xbf")
+                if long or piece.strip():
+                    yield f"{file.name}, line {number}", BadRow(f"is longer than {LONGEST >> 20} MiB") if long else \
+                        _parse(piece)
+
+
+def _parse(line: bytes) -> object:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return BadRow("is not UTF-8", f"is not UTF-8 ({error.reason})")
+    except (ValueError, RecursionError) as error:
+        return BadRow("is no JSON", f"is no JSON ({str(error)[:200]})\n  expected: one JSON object a line")
+
+
+def _by_library(file: Path, builder: str) -> Iterator[tuple[str, object]]:
+    import datasets
+    if not file.stat().st_size:
+        return
+    try:
+        rows = datasets.load_dataset(builder, data_files=str(file), split="train", streaming=True,
+                                     **OPTIONS.get(builder, {}))
+        for number, row in enumerate(rows, start=1):
+            yield f"{file.name}, row {number}", row
+    except Exception as error:  # the library raises many kinds; each means that the file cannot be read to its end
+        cause = error.__cause__ or error
+        raise DataError(f"data.sources: {file} cannot be read as {builder}: {type(cause).__name__}: "
+                        f"{str(cause).partition(chr(10))[0][:300]}\n"
+                        "  expected: a whole file in UTF-8\n  change: the file, or --set data.sources=PATH") from error
+
+
+def _saved(folder: Path) -> Rows:
+    import datasets
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except Exception as error:  # as above
+        raise DataError(f"data.sources: {folder} cannot be read: {str(error).partition(chr(10))[0]}\n"
+                        "  expected: a folder of save_to_disk\n  change: --set data.sources=PATH") from error
+    return _splits(folder.name, found if isinstance(found, dict) else {"train": found})
+
+
+def _hub(name: str) -> Rows:
+    return _splits(name, _load_hub(name))
+
+
+def _load_hub(name: str) -> dict:
+    import datasets
+    known = dict(HUB[name].hub) if name in HUB else {}
+    path, only = known.pop("path", name), known.pop("splits", "")
+    try:
+        try:
+            found = datasets.load_dataset(path, **known)
+        except RuntimeError:  # it would need code of a stranger, which is never run: the Hub has its rows without
+            found = datasets.load_dataset(path, revision="refs/convert/parquet", **known)
+        return {split: found[split] for split in (only.split(",") if only else found)}
+    except Exception as error:  # as above
+        raise DataError(f"data.sources: {name!r} cannot be loaded: {str(error).partition(chr(10))[0]}\n"
+                        "  expected: toy, a local file or folder, or a data set of a reachable Hub\n"
+                        "  change: --set data.sources=PATH") from error
+
+
+def _splits(name: str, parts: dict) -> Rows:
+    for split in sorted(parts, key=lambda s: s.startswith("train")):
+        part = "" if split.startswith("train") else "eval"
+        yield from ((f"{name} {split} row {number}", part, row) for number, row in enumerate(parts[split]))
+
+
+def hub_fingerprint(name: str) -> str:
+    """What tells two versions of a Hub's data set apart; empty for files, whose bytes are hashed with the stage."""
+    return "" if source_files(name) else ",".join(part._fingerprint for part in _load_hub(name).values())

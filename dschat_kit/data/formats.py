@@ -1,0 +1,228 @@
+"""What one row of a data set says: a table of formats, and of the Hub's data sets that have them.
+
+A format names the columns it needs and turns a row into pairs. A row that cannot be used raises BadRow.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from dschat_kit.data.prompts import ASSISTANT, HUMAN, Turn, split_dialogue, turns_of
+
+__all__ = ["FORMATS", "HUB", "BadRow", "Format", "Pair", "guess"]
+
+
+class BadRow(ValueError):
+    """A row that cannot be used: `reason` is counted, `detail` is shown for the first one."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(detail or reason)
+        self.reason = reason
+
+
+class Pair(NamedTuple):
+    """A dialogue and what came next."""
+    turns: list[Turn]
+    """Empty for plain text."""
+    chosen: str
+    rejected: str = ""
+    """Empty where a row has one response only."""
+    margin: float | None = None
+    """By how much the chosen one is better, in the units of the source."""
+
+
+@dataclass(frozen=True)
+class Format:
+    needs: tuple[str, ...]
+    pairs: Callable[[dict], Iterable[Pair]]
+    hub: tuple[tuple[str, str], ...] = ()
+    """How the Hub names it: path, name (its configuration), splits (those that are read)."""
+
+
+def _text(row: dict, name: str) -> str:
+    value = row[name]
+    if not isinstance(value, str) or not value.strip():
+        shown = repr(value) if len(repr(value)) < 200 else repr(value)[:200] + "..."
+        raise BadRow(f"{name!r} is no text", f"{name!r} is {shown}\n  expected: text that is not empty")
+    return value
+
+
+def _messages(row: dict, name: str) -> list[Turn]:
+    """Turns of [{role, content}] or, as ShareGPT has them, [{from, value}]."""
+    roles = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+    try:
+        turns = [(m["role"], m["content"]) if "role" in m else (m["from"], m["value"]) for m in row[name]]
+    except (TypeError, KeyError):
+        raise BadRow(f"{name!r} is no list of messages") from None
+    turns = [(roles.get(role, role), text) for role, text in turns]
+    if not turns or not all(role in ("system", "user", "assistant") and isinstance(text, str) for role, text in turns):
+        raise BadRow(f"{name!r} has a message without a known role and text")
+    return turns
+
+
+def _answered(turns: list[Turn], name: str) -> tuple[list[Turn], str]:
+    if len(turns) < 2 or turns[-1][0] != "assistant" or not turns[-1][1].strip():
+        raise BadRow(f"{name!r} does not end with an answer")
+    return turns[:-1], turns[-1][1]
+
+
+def _asked(row: dict, name: str = "prompt") -> list[Turn]:
+    return turns_of(_text(row, name))
+
+
+def _margin(row: dict) -> float | None:
+    high, low = row.get("score_chosen"), row.get("score_rejected")
+    return row.get("margin") if high is None or low is None else float(high) - float(low)
+
+
+def _preference(row: dict) -> Iterable[Pair]:
+    if isinstance(row["chosen"], list):  # UltraFeedback, binarised: both sides repeat the question
+        (turns, chosen), (other, rejected) = (_answered(_messages(row, side), side) for side in ("chosen", "rejected"))
+        if turns != other:
+            raise BadRow("chosen and rejected answer different prompts")
+        return [Pair(turns, chosen, rejected, _margin(row))]
+    return [Pair(_asked(row), _text(row, "chosen"), _text(row, "rejected"), _margin(row))]
+
+
+def _transcripts(row: dict) -> Iterable[Pair]:
+    sides = [_answered(split_dialogue(_text(row, side)), side) for side in ("chosen", "rejected")]
+    if sides[0][0] != sides[1][0]:
+        raise BadRow("chosen and rejected answer different prompts")
+    return [Pair(sides[0][0], sides[0][1], sides[1][1], _margin(row))]
+
+
+def _tree(row: dict) -> Iterable[Pair]:
+    """All pairs of ranked answers at every place of a tree of messages; rank 0 is the best (OpenAssistant)."""
+    def walk(message: dict, before: list[Turn]) -> Iterable[Pair]:
+        role = {"prompter": "user"}.get(message["role"], message["role"])
+        turns, replies = [*before, (role, message["text"])], message.get("replies") or []
+        ranked = sorted((r for r in replies if r["role"] == "assistant" and r.get("rank") is not None),
+                        key=lambda reply: reply["rank"])
+        for better, worse in itertools.combinations(ranked, 2):
+            if better["rank"] < worse["rank"]:
+                yield Pair(turns, better["text"], worse["text"], float(worse["rank"] - better["rank"]))
+        for reply in replies:
+            yield from walk(reply, turns)
+    try:
+        return list(walk(row["prompt"], []))
+    except (TypeError, KeyError, AttributeError):
+        raise BadRow("'prompt' is no tree of messages with text, role and replies") from None
+
+
+def _webgpt(row: dict) -> Iterable[Pair]:
+    answers = [re.sub(r" ?[\(\[].*?[\)\]]", "", _text(row, name)) for name in ("answer_0", "answer_1")]
+    gap = float(row["score_0"]) - float(row["score_1"])
+    chosen, rejected = answers if gap >= 0 else answers[::-1]
+    return [Pair([("user", _text(row["question"], "full_text"))], chosen, rejected, abs(gap))]
+
+
+def _shp(row: dict) -> Iterable[Pair]:
+    answers = [_text(row, name) for name in ("human_ref_A", "human_ref_B")]
+    chosen, rejected = answers if int(row["labels"]) == 1 else answers[::-1]
+    known = row.get("score_A") is not None and row.get("score_B") is not None
+    return [Pair([("user", _text(row, "history"))], chosen, rejected,
+                 abs(float(row["score_A"]) - float(row["score_B"])) if known else None)]
+
+
+def _marked(text: str) -> list[Turn]:
+    turns = split_dialogue("\n\n" + text.strip())
+    return turns if any(role == "user" for role, _ in turns) else [("user", text)]
+
+
+def _yitingxie(row: dict) -> Iterable[Pair]:
+    chosen, rejected = (_text(row, side).strip().removeprefix("Assistant:") for side in ("chosen", "rejected"))
+    return [Pair(_marked(_text(row, "prompt")), chosen, rejected)]
+
+
+def _vicuna(row: dict) -> Iterable[Pair]:
+    text = re.sub(r"(?:^|\s+)USER:", HUMAN, re.sub(r"\s+ASSISTANT:", ASSISTANT, _text(row, "prompt")))
+    return [Pair(_marked(text), _text(row, "label"))]
+
+
+def _miracl(row: dict) -> Iterable[Pair]:
+    good, bad = row["positive_passages"], row["negative_passages"]
+    if not good or not bad:
+        raise BadRow("a query without a positive and a negative passage")
+    return [Pair([("user", _text(row, "query"))], _text(good[0], "text"), _text(bad[0], "text"))]
+
+
+def _instruction(row: dict) -> Iterable[Pair]:
+    more = row.get("input") or row.get("context") or ""
+    question = _text(row, "instruction") + (f"\n\n{more}" if more.strip() else "")
+    return [Pair([("user", question)], _text(row, "output" if "output" in row else "response"))]
+
+
+def _mkqa(language: str) -> Format:
+    def pairs(row: dict) -> Iterable[Pair]:
+        return [Pair([("user", _text(row["queries"], language))], _text(row["answers"][language][0], "text"))]
+    return Format(("queries", "answers"), pairs, hub=(("path", "apple/mkqa"),))
+
+
+def _plain(prompt: str, chosen: str, rejected: str = "") -> Format:
+    """Columns that hold one question and one text each; of a list of texts the first is taken."""
+    def pairs(row: dict) -> Iterable[Pair]:
+        row = {name: row[name][0] if isinstance(row[name], list) and row[name] else row[name] for name in needs}
+        return [Pair([("user", _text(row, prompt))], _text(row, chosen), _text(row, rejected) if rejected else "")]
+    needs = tuple(filter(None, (prompt, chosen, rejected)))
+    return Format(needs, pairs)
+
+
+FORMATS: dict[str, Format] = {
+    "preference": Format(("prompt", "chosen", "rejected"), _preference),
+    "transcripts": Format(("chosen", "rejected"), _transcripts),
+    "tree": Format(("message_tree_id", "prompt"), _tree),
+    "messages": Format(("messages",), lambda row: [Pair(*_answered(_messages(row, "messages"), "messages"))]),
+    "sharegpt": Format(("conversations",),
+                       lambda row: [Pair(*_answered(_messages(row, "conversations"), "conversations"))]),
+    "alpaca": Format(("instruction", "output"), _instruction),
+    "dolly": Format(("instruction", "response"), _instruction),
+    "response": Format(("prompt", "response"), lambda row: [Pair(_asked(row), _text(row, "response"))]),
+    "webgpt": Format(("question", "answer_0", "answer_1", "score_0", "score_1"), _webgpt),
+    "shp": Format(("history", "human_ref_A", "human_ref_B", "labels"), _shp),
+    "miracl": Format(("query", "positive_passages", "negative_passages"), _miracl),
+    "text": Format(("text",), lambda row: [Pair([], _text(row, "text"))]),
+}
+"""In the order in which they are tried on a file whose format nobody has named."""
+
+HUB: dict[str, Format] = {
+    "Dahoas/rm-static": FORMATS["preference"],
+    "Dahoas/full-hh-rlhf": FORMATS["preference"],
+    "Dahoas/synthetic-instruct-gptj-pairwise": _plain("prompt", "chosen", "rejected"),
+    "yitingxie/rlhf-reward-datasets": Format(("prompt", "chosen", "rejected"), _yitingxie),
+    "openai/webgpt_comparisons": FORMATS["webgpt"],
+    "stanfordnlp/SHP": FORMATS["shp"],
+    "pvduy/sharegpt_alpaca_oa_vicuna_format": Format(("prompt", "label"), _vicuna),
+    "wangrui6/Zhihu-KOL": _plain("INSTRUCTION", "RESPONSE"),
+    "Cohere/miracl-zh-queries-22-12": FORMATS["miracl"],
+    "Cohere/miracl-ja-queries-22-12": FORMATS["miracl"],
+    "Hello-SimpleAI/HC3-Chinese": replace(_plain("question", "human_answers"), hub=(("name", "all"),)),
+    "mkqa-Chinese": _mkqa("zh_cn"),
+    "mkqa-Japanese": _mkqa("ja"),
+    "lmqg/qg_jaquad": _plain("question", "sentence"),
+    "lmqg/qag_jaquad": _plain("questions", "paragraph"),
+    "Anthropic/hh-rlhf": FORMATS["transcripts"],
+    "HuggingFaceH4/ultrafeedback_binarized": replace(FORMATS["preference"],
+                                                     hub=(("splits", "train_prefs,test_prefs"),)),
+    "tatsu-lab/alpaca": FORMATS["alpaca"],
+    "databricks/databricks-dolly-15k": FORMATS["dolly"],
+}
+"""Data sets whose columns are known by name; any other one is guessed at as a file is."""
+
+
+SYNONYMS = {"prompt": ("question", "query", "instruction", "input"), "chosen": ("preferred", "accepted", "better"),
+            "rejected": ("dispreferred", "worse"), "response": ("answer", "completion", "output", "target")}
+
+
+def guess(columns: Iterable[str]) -> tuple[str, dict[str, str]] | None:
+    """(the first format whose columns are all there, {its column: that of the file}); other common names are tried
+    when no format fits the names as they are."""
+    present = set(columns)
+    other = {name: next((s for s in SYNONYMS.get(name, ()) if s in present), name) for name in SYNONYMS}
+    for names in ({}, other):
+        for form, needs in ((form, FORMATS[form].needs) for form in FORMATS):
+            found = {name: name if name in present else names.get(name, name) for name in needs}
+            if present.issuperset(found.values()):
+                return form, found
+    return None
