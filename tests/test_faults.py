@@ -52,7 +52,8 @@ def prepared(root: Path, stage: str, sets) -> StageRun:
     reward_model(root / "reward" / "model")
     run = open_run(root, stage)
     run.path.mkdir(parents=True, exist_ok=True)
-    pipeline = Pipeline().with_overrides([*SETTINGS, f"model.name={root / 'model'}", *sets])
+    short = ["data.max_prompt_tokens=64", "data.max_response_tokens=48"]
+    pipeline = Pipeline().with_overrides([*SETTINGS, *short, f"model.name={root / 'model'}", *sets])
     (run.path / "config.json").write_text(json.dumps({"stage": stage, "preset": "tiny", "config_hash": "x", "seed": 0,
                                                       "pipeline": pipeline.to_dict()}))
     return run
@@ -76,7 +77,9 @@ def story(tmp_path_factory) -> dict:
     """{fault: what was seen after it}, with "whole" the uninterrupted run and "end" the one that went on to the end."""
     place = tmp_path_factory.mktemp("faults")
     whole, cut = prepared(place / "whole", "ppo", SETS), prepared(place / "cut", "ppo", SETS)
-    seen = {"whole": look(whole, finished(launch(whole)))}
+    done = finished(launch(whole))
+    assert done.returncode == 0, done.stdout + done.stderr
+    seen = {"whole": look(whole, done)}
     shutil.copytree(whole.root / "data", cut.root / "data")
     for fault in FAULTS:
         seen[fault] = look(cut, finished(launch(cut, *["--resume"] * (fault != "generation:kill"), fault=fault)))

@@ -143,7 +143,7 @@ def _explain(error: BaseException, run: StageRun) -> tuple[str, int]:
         cure = f"a smaller {run.stage}.micro_batch_size, or zero.stage=3"
         return f"out of memory: {first_line}\n  change: {cure}", 2
     if isinstance(error, Hanging):
-        return f"rank {os.environ.get('RANK', 0)}: {text}\n  the stack of every rank: {run.logs}", 1
+        return f"rank {os.environ.get('RANK', 0)}: {text}; the stack of every rank is in {run.logs}", 1
     if _lost_peer(error):
         return f"another rank has ended: {first_line}", 1
     return f"{name}: {text}", 1

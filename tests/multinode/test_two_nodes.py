@@ -1,5 +1,5 @@
-"""Two machines: network namespaces joined by a veth pair, one rank each, one file system. All three stages by DeepSpeed's
-launcher without ssh; one stage by pdsh and by torchrun; and the link that is lost."""
+"""Two machines: network namespaces joined by a veth pair, one rank each, one file system. All three stages by
+DeepSpeed's launcher without ssh; one stage by pdsh and by torchrun; and the link that is lost."""
 
 import os
 import shutil
