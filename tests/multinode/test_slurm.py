@@ -25,7 +25,8 @@ def submitted(tmp_path) -> list[str]:
         (programs / name).write_text(f"#!/usr/bin/env bash\nset -euo pipefail\n{body}\n")
         (programs / name).chmod(0o755)
     slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_NODELIST": "node-[a-b]",
-             "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "STAGE": "ppo", "PRESET": "tiny", "RUN_ROOT": str(tmp_path / "runs")}
+             "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "STAGE": "ppo", "PRESET": "tiny",
+             "RUN_ROOT": str(tmp_path / "runs")}
     done = subprocess.run(["bash", str(tmp_path / "env" / "slurm" / "stage.sbatch")], text=True, capture_output=True,
                           env={**os.environ, **slurm})
     assert done.returncode == 0, done.stderr
@@ -37,5 +38,6 @@ def test_every_machine_gets_its_number_and_the_whole_job_its_ranks(submitted, tm
     prepared, *nodes = submitted
     assert f"ppo --preset tiny --run-root {tmp_path}/runs --resume auto --num-gpus 16 --launcher srun" in prepared
     assert prepared.endswith("grace 100")
-    assert nodes == [f"deepspeed --hostfile {tmp_path}/runs/hostfile --no_ssh --node_rank {number} --master_addr node-a "
-                     "--master_port 29555 --module dschat_kit.train.ppo --run RUNS/ppo" for number in (0, 1)]
+    assert nodes == [f"deepspeed --hostfile {tmp_path}/runs/hostfile --no_ssh --node_rank {number} "
+                     "--master_addr node-a --master_port 29555 --module dschat_kit.train.ppo --run RUNS/ppo"
+                     for number in (0, 1)]

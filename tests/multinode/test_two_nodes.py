@@ -131,7 +131,7 @@ def test_all_three_stages_run_on_both(chain):
         assert run.status["state"] == "finished" and run.result["world_size"] == 2
         assert {"launch.log", "launch1.log", "rank0.log", "rank1.log"} <= {path.name for path in run.logs.iterdir()}
     losses = [row["loss"] for row in metrics(chain, "sft")]
-    assert losses[-1] < losses[0] - 1
+    assert losses[-1] < losses[0] - 0.5
 
 
 @pytest.mark.parametrize("launcher", ["pdsh", "torchrun"])
