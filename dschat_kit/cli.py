@@ -42,7 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--from", dest="from_stage", metavar="STAGE", help="begin with this stage's notebook")
     for name, text in (("data", "build the rows of all stages"), ("sft", "stage 1: supervised fine-tuning"),
                        ("reward", "stage 2: the reward model"), ("ppo", "stage 3: PPO")):
-        command(name, _stage, text)
+        command(name, _stage, text).add_argument(
+            "--launcher", default="", metavar="WORDS", help="starts the ranks instead of `deepspeed --num_gpus "
+            "N`, as in 'deepspeed --hostfile env/hostfile'; --num-gpus then counts the ranks of all machines")
     for name in ("run", "data", "sft", "reward", "ppo"):
         _configuration_options(commands.choices[name])
     chat = command("chat", _chat, "talk to the model of a run")
@@ -103,7 +105,7 @@ def _stage(args) -> int:
     from dschat_kit.notebook.launch import launch
     from dschat_kit.notebook.stage import begin, configuration
     begun = begin(args.name, *configuration(args.preset, args.run_root, args.overrides), resume=args.resume,
-                  fresh=args.fresh, num_gpus=args.num_gpus)
+                  fresh=args.fresh, num_gpus=args.num_gpus, launcher=args.launcher)
     if begun.action == "reuse":
         print(f"{args.name}: finished before in {begun.run.path}")
         return 0

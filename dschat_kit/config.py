@@ -152,7 +152,9 @@ class Rollout(Section):
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint(Section):
     every_steps: int = bounded(0, least=0)
-    """Steps between resumable checkpoints; 0 keeps none: an interrupted stage then starts again."""
+    """Steps between resumable checkpoints; 0 counts no steps. A stage that is asked to end always saves one."""
+    every_minutes: float = bounded(0.0, least=0)
+    """Minutes between them; 0 looks at no clock. Both may be set."""
     keep: int = bounded(2, least=1)
     """So many of the newest stay."""
 
@@ -163,6 +165,8 @@ class Telemetry(Section):
     """Generations written to samples.jsonl at each look (before, after)."""
     rollout_samples: int = bounded(4, least=0)
     """Generations written to samples.jsonl from each PPO rollout."""
+    hang_minutes: float = bounded(30.0, above=0)
+    """A rank without progress for so long writes its stack to its log and ends the job."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,12 +56,16 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Drop the lines of steps above `step` (0: all lines), so that a resumed run writes no step twice."""
-    kept = [row for row in read_metrics(path) if step and row.get("step", 0) <= step]
+    """Cut the lines of steps above `step` (0: all lines) and a half-written one off the end, so that a resumed run
+    writes no step twice. What stays is not written anew."""
+    kept = 0
     if path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
-        temporary.replace(path)
+        with open(path, "r+b") as file:
+            for line in file:
+                if not (step and line.endswith(b"\n") and json.loads(line).get("step", 0) <= step):
+                    break
+                kept += len(line)
+            file.truncate(kept)
 
 
 def _finite(value):

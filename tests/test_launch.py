@@ -208,6 +208,49 @@ def test_second_launch_on_a_folder_is_refused_and_a_later_one_is_not(tmp_path, s
     assert first.wait() == 130
 
 
+def test_a_second_machine_has_its_own_log_and_leaves_lock_and_status_to_the_first(tmp_path, stage):
+    first = begun([*PY, STUBBORN, str(tmp_path / "marker"), "--run", str(stage)], tmp_path / "marker")
+    second = run(["bash", "-c", "echo here; exit 3", "--node_rank", "1", "--run", str(stage)])
+    assert second.returncode == 3 and "here" in (stage / "logs/launch1.log").read_text()
+    assert status(stage)["state"] == "running"
+    first.send_signal(signal.SIGINT)
+    assert first.wait() == 130 and status(stage)["state"] == "interrupted"
+
+
+def test_ranks_are_asked_to_end_before_their_launchers(tmp_path, stage):
+    rank = "import signal, sys, time; signal.signal(signal.SIGINT, lambda *_: (print('saved'), sys.exit(130)))"
+    script = f"""trap 'echo launcher hit first' INT TERM
+                 RANK=0 {sys.executable} -c "{rank}; open('$0', 'w'); time.sleep(60)"; echo ended $?; exit 130"""
+    process = begun(["bash", "-c", script, str(tmp_path / "marker"), "--run", str(stage)], tmp_path / "marker",
+                    stdout=subprocess.PIPE)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20)[0] == b"saved\nended 130\n" and process.returncode == 128 + signal.SIGTERM
+    assert status(stage)["state"] == "interrupted"
+
+
+def test_ranks_that_were_asked_to_end_by_others_are_interrupted_not_failed(stage):
+    assert run(["bash", "-c", "exit 130", "--run", str(stage)]).returncode == 130
+    assert status(stage)["state"] == "interrupted"
+
+
+def test_locks_of_killed_compilations_are_removed_and_those_at_work_are_not(tmp_path, stage, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    locks = [tmp_path / "py311_cpu" / name / "lock" for name in ("left", "elsewhere", "here", "mine")]
+    for lock in locks[:3]:
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+    for lock in (locks[0], locks[2]):
+        for path in (lock, lock.parent):
+            os.utime(path, (time.time() - 90, time.time() - 90))
+    with subprocess.Popen(["sleep", "60"], cwd=locks[2].parent) as compiler:
+        assert run(["true", "--run", str(stage)]).returncode == 0
+        assert [lock.exists() for lock in locks[:3]] == [False, True, True]  # another machine may work on the second
+        compiler.kill()
+    killed = f"mkdir -p '{locks[3].parent}'; cd '{locks[3].parent}'; touch lock; kill -9 $$"
+    assert run(["bash", "-c", killed, "--run", str(stage)]).returncode == 137 and not locks[3].exists()
+    assert str(locks[0]) in (stage / "logs/launch.log").read_text()
+
+
 def test_failing_rank_is_quoted_and_the_status_says_failed(stage):
     write = "open(sys.argv[2] + '/logs/rank1.log', 'w').write"
     script = f"import sys; {write}('noise\\nTraceback (most\\nValueError: bad\\n'); sys.exit(1)"

@@ -11,7 +11,8 @@ import pytest
 
 from dschat_kit.config import ConfigError, Pipeline
 from dschat_kit.runs import RunError, open_run, write_json
-from dschat_kit.train.rank import Interrupted, _claim, _explain, _failed
+from dschat_kit.train.rank import _claim, _explain, _failed
+from dschat_kit.train.watch import Interrupted
 
 
 @pytest.fixture

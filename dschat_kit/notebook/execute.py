@@ -53,7 +53,7 @@ def run_chain(*, preset: str, run_root: str | Path, overrides: list[str] = (), f
         paths = chosen_notebooks(notebooks, from_stage)
         check_parameters(paths, given)
         ends = signal.SIGTERM, signal.SIGHUP
-        with os.fdopen(take_lock(target)), guard(mark), handling(stop, *ends):
+        with os.fdopen(take_lock(target / ".launch.lock")), guard(mark), handling(stop, *ends):
             try:
                 for number, path in enumerate(paths):
                     heading = f"{bar(number / len(paths))} {number + 1}/{len(paths)} {path.stem}  "

@@ -4,6 +4,7 @@ It makes a training started from a `%%bash` cell well behaved: every line of out
 readable part of it to the cell; the exit code is passed on; when the job, the cell, the kernel or the shell ends, so
 does every process of the job, and RUN/status.json says how. It leaves the command itself to the reader's eyes.
 """
+import math
 import os
 import random
 import select
@@ -11,19 +12,21 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
 
 from dschat_kit.machine import detect
 from dschat_kit.notebook.lines import View
-from dschat_kit.notebook.processes import Ending, guard, handling
-from dschat_kit.notebook.report import Report, settle_status
+from dschat_kit.notebook.processes import Ending, guard, handling, remove_stale_compile_locks
+from dschat_kit.notebook.report import Report
 from dschat_kit.runs import RunError, StageRun
 
 TAG = "DSCHAT_LAUNCH_TAG"
 SHARED_PORT = ("--master_port", "--hostfile", "-H", "--num_nodes", "--node_rank")  # several nodes need one known port
 ENDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
+PREEMPTED = 25.0  # seconds to save a checkpoint after SIGTERM; Slurm and Kubernetes kill after 30
 
 
 def launch(argv: list[str]) -> int:
@@ -100,6 +103,8 @@ class Job:
     def __init__(self, argv: list[str], run: StageRun | None):
         self.argv, self.stage = argv, run
         self.mark = f"{TAG}={uuid.uuid4().hex}"
+        node = option(argv, "--node_rank", "--node-rank") or ""
+        self.node = int(node) if node.isdigit() else 0
         self.parent = os.getppid()
         self.reason, self.code = "", 0  # why it is being ended, and the exit code of that
         self.in_error, self.quiet, self.ending = False, False, None
@@ -111,10 +116,12 @@ class Job:
         environment = child_environment(self.argv, port) | dict([self.mark.split("=")])
 
         def launcher_killed():
-            settle_status(self.stage, "interrupted", "its launcher was killed")
+            self.report.settle("interrupted", "its launcher was killed")
 
-        with (Report(self.stage, self.argv) as self.report, guard(self.mark, launcher_killed),
+        with (Report(self.stage, self.argv, self.node) as self.report, guard(self.mark, launcher_killed),
               handling(self._asked, *ENDS)):
+            self._unlock_compiler()
+            begun = time.time()
             command, pipe = child_command(self.argv, port), subprocess.PIPE
             try:
                 self.child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=subprocess.STDOUT,
@@ -125,10 +132,17 @@ class Job:
                 return self.report.finish(127, "", self.view)
             self._forward()
             code = self.child.wait()
+            if code:
+                self._unlock_compiler(begun)
             return self.report.finish(self.code or (128 - code if code < 0 else code), self.reason, self.view)
 
+    def _unlock_compiler(self, since: float = math.inf) -> None:
+        for lock in remove_stale_compile_locks(since):
+            self.report.note(f"removed {lock}, which a killed compilation had left")
+
     def _asked(self, signum: int, _frame) -> None:
-        self._end(ENDS[signum], 128 + signum)
+        patient = signum == signal.SIGTERM and "DSCHAT_GRACE" not in os.environ
+        self._end(ENDS[signum], 128 + signum, seconds=PREEMPTED if patient else None, ranks_first=True)
 
     def _end(self, reason: str, code: int, **how) -> None:
         """Begin to end the job; `reason` is "" for what it left behind when it ended by itself."""

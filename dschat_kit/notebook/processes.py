@@ -2,10 +2,12 @@
 
 A mark survives what a process group or a session does not: a child that calls setsid, a parent that dies first.
 """
+import math
 import os
 import signal
 import time
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
 
@@ -22,12 +24,12 @@ def tagged(mark: str) -> list[psutil.Process]:
 class Ending:
     """Ends everything that carries `mark`: INT, then TERM, then KILL, without blocking. Call `step()` until True.
 
-    It begins after `first` seconds and comes to the KILL within `seconds`; the default is what a training gets to
-    write its checkpoint.
+    It begins after `first` seconds and comes to the KILL within `seconds`, which is what a training gets to save a
+    checkpoint. With `ranks_first` the INT goes to the ranks alone where there are any: an srun would kill them.
     """
 
-    def __init__(self, mark: str, first: float = 0.0, seconds: float | None = None):
-        self.mark, self.level, self.next_at = mark, 0, time.monotonic() + first
+    def __init__(self, mark: str, first: float = 0.0, seconds: float | None = None, ranks_first: bool = False):
+        self.mark, self.level, self.next_at, self.ranks_first = mark, 0, time.monotonic() + first, ranks_first
         self.seconds = seconds or float(os.environ.get("DSCHAT_GRACE", "10"))
 
     def step(self) -> bool:
@@ -35,7 +37,8 @@ class Ending:
         alive = tagged(self.mark)
         if alive and time.monotonic() >= self.next_at:
             number, share = ESCALATION[self.level]
-            for process in alive:
+            ranks = [process for process in alive if "RANK" in process.info["environ"]]
+            for process in ranks if ranks and self.ranks_first and not self.level else alive:
                 with suppress(psutil.NoSuchProcess):  # it has just ended
                     process.send_signal(number)
             self.next_at = time.monotonic() + share * self.seconds
@@ -46,6 +49,23 @@ class Ending:
         """Block until no process is left."""
         while not self.step():
             time.sleep(0.1)
+
+
+def remove_stale_compile_locks(since: float = math.inf, quiet: float = 60.0) -> list[Path]:
+    """Remove, and return, the locks of torch's extension compiler behind which every later run would wait for ever.
+
+    No process of this machine works in their folder, and for `quiet` seconds none of another machine has written there,
+    or they were made after `since`, the start of a job that has ended.
+    """
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or \
+        Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "torch_extensions"
+    locks = [lock for pattern in ("*/lock", "*/*/lock") for lock in Path(root).glob(pattern)]
+    busy = {process.info["cwd"] for process in psutil.process_iter(["cwd"])} if locks else set()
+    stale = [lock for lock in locks if str(lock.parent.resolve()) not in busy and (
+        lock.stat().st_mtime >= since or time.time() - quiet > max(p.stat().st_mtime for p in lock.parent.iterdir()))]
+    for lock in stale:
+        lock.unlink(missing_ok=True)
+    return stale
 
 
 @contextmanager

@@ -13,10 +13,13 @@ MOST_ERRORS = 20
 
 
 class Report:
-    """Context of one job in the folder of `run` (None: no log, no lock, no status). Holds the folder's launch lock."""
+    """Context of one job in the folder of `run` (None: no log, no lock, no status). Holds the folder's launch lock.
 
-    def __init__(self, run: StageRun | None, argv: list[str]):
-        self.run, self.argv = run, argv
+    Machines after the first (`node` > 0) have a log and a lock of their own and leave the status to the first.
+    """
+
+    def __init__(self, run: StageRun | None, argv: list[str], node: int = 0):
+        self.run, self.argv, self.name = run, argv, f"launch{node or ''}"
         self.lock_fd, self.log_file, self.where = None, None, ""
         self.errors: list[str] = []
         self.reader_gone = False
@@ -25,8 +28,8 @@ class Report:
 
     def __enter__(self) -> "Report":
         if self.run:
-            self.lock_fd = take_lock(self.run.path)
-            log = self.run.logs / "launch.log"
+            self.lock_fd = take_lock(self.run.path / f".{self.name}.lock")
+            log = self.run.logs / f"{self.name}.log"
             try:
                 log.parent.mkdir(exist_ok=True)
                 self.sizes = {path: path.stat().st_size for path in log.parent.glob("rank*.log")}
@@ -50,7 +53,7 @@ class Report:
                 self.log_file.write(raw)
             except OSError as error:
                 self.log_file = None
-                self.error(f"error: {cannot(f'write {self.run.logs}/launch.log', error)}")
+                self.error(f"error: {cannot(f'write {self.run.logs}/{self.name}.log', error)}")
 
     def note(self, text: str) -> None:
         """A line of the launcher's own in launch.log."""
@@ -82,14 +85,22 @@ class Report:
             return 0
         if not reason and not self.errors:
             _write(2, *self._failing_tail())
+        reason = reason or "asked to end" * (code == 130)  # by a signal that the ranks got and we did not
         killed = code - 128 if 128 < code < 160 else 256 - code if code > 224 else 0  # DeepSpeed passes -9 on as 247
         what = reason or (f"killed by signal {killed}" if killed else f"ended with exit code {code}")
         what += ", perhaps for want of memory" if killed == 9 and not reason else ""
         _write(2, f"dschat launch: {self.argv[0]}: {what}{self.where}")
         self.note(what)
         cause = self.errors[0].removeprefix("error: ") if self.errors and not reason else what
-        settle_status(self.run, "interrupted" if reason else "failed", cause)
+        self.settle("interrupted" if reason else "failed", cause)
         return code
+
+    def settle(self, state: str, error: str) -> None:
+        """Turn a `running` (or missing) status.json into `state`. Raises RunError while a rank is still at work."""
+        if self.run and self.name == "launch":
+            with self.run.lock():
+                if self.run.status.get("state", "running") == "running":
+                    self.run.update_status(state=state, error=error)
 
     def _room(self, wait: int = 0) -> bool:
         """Whether the reader takes a line now, or within `wait` milliseconds."""
@@ -108,14 +119,15 @@ class Report:
         return min(found)[1] if found else []
 
 
-def take_lock(folder: Path) -> int:
-    """Lock FOLDER/.launch.lock and return its descriptor. Raises RunError when another launcher has it.
+def take_lock(path: Path) -> int:
+    """Lock the file `path` and return its descriptor. Raises RunError when another launcher has it.
 
-    One that is ending its job (an interrupted cell that is run again) is waited for, up to 20 seconds.
+    One that is ending its job (an interrupted cell that is run again) is waited for, up to 30 seconds.
     """
+    folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".launch.lock", os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
     except OSError as error:
         raise cannot(f"write in {folder}", error) from error
     begun = time.monotonic()
@@ -125,20 +137,12 @@ def take_lock(folder: Path) -> int:
             os.ftruncate(descriptor, 0)
             return descriptor
         except BlockingIOError:
-            patience = 20 if os.fstat(descriptor).st_size else 0.5  # who only looks at it holds it for an instant
+            patience = 30 if os.fstat(descriptor).st_size else 0.5  # who only looks at it holds it for an instant
             if time.monotonic() - begun > patience:
                 os.close(descriptor)
                 raise RunError(f"{folder} is in use by another dschat launch\n  change: wait for it, interrupt it, or "
                                "choose another --run-root") from None
             time.sleep(0.05)
-
-
-def settle_status(run: StageRun | None, state: str, error: str) -> None:
-    """Turn a `running` (or missing) status.json into `state`. Raises RunError while a rank is still at work."""
-    if run:
-        with run.lock():
-            if run.status.get("state", "running") == "running":
-                run.update_status(state=state, error=error)
 
 
 def _write(descriptor: int, *lines: str) -> bool:

@@ -18,10 +18,12 @@ __all__ = ["Begun", "begin", "begin_cell", "cell_configuration", "check", "confi
 
 @dataclass(frozen=True)
 class Begun:
-    """A stage that is ready: its folder, `reuse` | `train` | `resume`, and how many ranks it will have."""
+    """A stage that is ready: its folder, `reuse` | `train` | `resume`, how many ranks it will have, and the words that
+    launch them where that is not one machine's `deepspeed`."""
     run: StageRun
     action: str
     ranks: int
+    launcher: str = ""
 
     @property
     def command(self) -> list[str]:
@@ -29,8 +31,8 @@ class Begun:
         if self.run.stage == "data":
             return ["python", "-m", "dschat_kit.data.pipeline", "--run", str(self.run.path)]
         resume = ["--resume"] if self.action == "resume" else []
-        return ["deepspeed", "--num_gpus", str(self.ranks), "--module", f"dschat_kit.train.{self.run.stage}",
-                "--run", str(self.run.path), *resume]
+        launcher = shlex.split(self.launcher) or ["deepspeed", "--num_gpus", str(self.ranks)]
+        return [*launcher, "--module", f"dschat_kit.train.{self.run.stage}", "--run", str(self.run.path), *resume]
 
 
 def configuration(preset: str | None, run_root: str | Path | None, overrides=()) -> tuple[str, Path, Pipeline]:
@@ -61,14 +63,16 @@ def check(pipeline: Pipeline, stages: tuple[str, ...], num_gpus: int | None) -> 
 
 
 def begin(stage: str, preset: str, root: Path, pipeline: Pipeline, *, resume: str = "never", fresh: bool = False,
-          num_gpus: int | None = None) -> Begun:
-    """Check everything that can be checked without torch and make the stage's folder ready.
+          num_gpus: int | None = None, launcher: str = "") -> Begun:
+    """Check everything that can be checked without torch and make the stage's folder ready. With a `launcher` of
+    several machines num_gpus counts the ranks of all of them; None leaves the check to the ranks.
 
     Raises ConfigError or RunError, each with what was got, what is expected and what to change.
     """
-    ranks = check(pipeline, (stage,), num_gpus)
+    ranks = num_gpus or 1 if launcher else check(pipeline, (stage,), num_gpus)
+    pipeline.check_ranks(stage, ranks)
     run, action = prepare_stage(root, stage, pipeline, preset=preset, resume=resume, fresh=fresh)
-    return Begun(run, action, ranks)
+    return Begun(run, action, ranks, launcher)
 
 
 def cell_configuration(preset: str, run_root: str, set_: str | None) -> tuple[str, Path, Pipeline]:

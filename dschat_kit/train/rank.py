@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import deepspeed
@@ -21,15 +22,12 @@ from dschat_kit.machine import detect
 from dschat_kit.metrics import read_metrics
 from dschat_kit.runs import RunError, StageRun, cannot
 from dschat_kit.train.session import Session
+from dschat_kit.train.watch import Hanging, Interrupted, Stopped, Watch
 
 __all__ = ["main"]
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 LOST = ("closed by peer", "reset by peer", "onnection closed", "Broken pipe", "remote process exited")
-
-
-class Interrupted(BaseException):
-    """SIGTERM or SIGINT; a BaseException so that nothing on the way swallows it."""
 
 
 def main(stage: Callable[[Session], dict], argv: list[str] | None = None) -> None:
@@ -57,9 +55,12 @@ def _run_stage(stage: Callable[[Session], dict], args) -> int:
             if rank == 0:
                 _claim(run, args.resume == "auto")
             try:
+                watch = Watch(lambda error: _failed(run, rank, error, errors))
+                watch.take_signals()
                 _start(run)
-                session = Session(run, args.resume == "auto", console)
+                session = Session(run, args.resume == "auto", console, watch)
                 session.finish(stage(session))
+                watch.stop()
                 dist.destroy_process_group()
                 return 0
             except BaseException as error:  # noqa: BLE001  whatever it is, the run folder has to say it
@@ -80,8 +81,6 @@ def _claim(run: StageRun, resume: bool) -> None:
 
 
 def _start(run: StageRun) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _interrupt)
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -94,24 +93,25 @@ def _start(run: StageRun) -> None:
         torch.set_num_threads(int(threads))
     # Plain gloo is no slower than the shared-memory all-reduce that DeepSpeed would compile at first use.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if machine.accelerator == "cuda" else "gloo", verbose=False)
+    # The watchdog says more than a collective that gives up, so it comes first.
+    patience = timedelta(minutes=max(30, 2 * run.pipeline.telemetry.hang_minutes))
+    deepspeed.init_distributed(dist_backend="nccl" if machine.accelerator == "cuda" else "gloo", verbose=False,
+                               timeout=patience)
     torch.manual_seed(run.pipeline.seed)
-
-
-def _interrupt(number, _frame):
-    raise Interrupted(f"{signal.Signals(number).name}: asked to end, or another rank has died")
 
 
 def _failed(run: StageRun, rank: int, error: BaseException, errors) -> int:
     """Record how a rank ended; the exit code. The first rank to fail is the one that is shown: it has written the
     status before its end makes the others fail."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    with suppress(OSError):  # the log may be what is full
-        traceback.print_exc()
-        sys.stderr.flush()
+    if not isinstance(error, Hanging):  # which a thread says, after it has written the stacks
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        with suppress(OSError):  # the log may be what is full
+            traceback.print_exc()
+            sys.stderr.flush()
     text, code = _explain(error, run)
-    followed = isinstance(error, Interrupted) or _lost_peer(error)
+    stopped = isinstance(error, Stopped)
+    followed = isinstance(error, Interrupted) and not stopped or _lost_peer(error)
     if followed and "DSCHAT_LAUNCH_TAG" in os.environ:
         # `dschat launch` knows why: an asked end, or the signal that killed a rank; leave it the time to see it first.
         time.sleep(0 if isinstance(error, Interrupted) else 3)
@@ -119,8 +119,8 @@ def _failed(run: StageRun, rank: int, error: BaseException, errors) -> int:
     time.sleep(0.3 * min(rank, 3))
     ours = rank == 0 or dist.is_initialized()  # rank 0 holds the folder once all ranks have met
     if ours and run.status.get("state") == "running" and (rank == 0 or not isinstance(error, Interrupted)):
-        print(f"error: {text}" + (f"\n  the whole story: {run.logs / f'rank{rank}.log'}" if code == 1 else ""),
-              file=errors, flush=True)
+        more = f"\n  the whole story: {run.logs / f'rank{rank}.log'}" if code == 1 else ""
+        print(text if stopped else f"error: {text}{more}", file=errors, flush=True)
         try:
             steps = [row["step"] for row in read_metrics(run.metrics_path)[-1:]] or [0]
             run.update_status(state="interrupted" if code == 130 else "failed", error=text, step=steps[0])
@@ -142,6 +142,8 @@ def _explain(error: BaseException, run: StageRun) -> tuple[str, int]:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         cure = f"a smaller {run.stage}.micro_batch_size, or zero.stage=3"
         return f"out of memory: {first_line}\n  change: {cure}", 2
+    if isinstance(error, Hanging):
+        return f"rank {os.environ.get('RANK', 0)}: {text}; the stack of every rank is in {run.logs}", 1
     if _lost_peer(error):
         return f"another rank has ended: {first_line}", 1
     return f"{name}: {text}", 1

@@ -18,6 +18,7 @@ from dschat_kit.metrics import JsonlWriter, truncate_after
 from dschat_kit.models.loading import save_folder
 from dschat_kit.models.lora import merge_adapters
 from dschat_kit.runs import RunError, StageRun, open_run, prepare_stage, write_json
+from dschat_kit.train.watch import Stopped, Watch
 
 __all__ = ["Session"]
 
@@ -25,22 +26,24 @@ __all__ = ["Session"]
 class Session:
     """One rank of one stage, from `config.json` to `result.json`."""
 
-    def __init__(self, run: StageRun, resume: bool, console):
+    def __init__(self, run: StageRun, resume: bool, console, watch: Watch):
         self.run, self.resume, self.console, self.started = run, resume, console, time.time()
+        self.watch = watch
         self.pipeline, self.root = run.pipeline, run.root
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.is_main = self.rank == 0
         self.device = torch.device(deepspeed.get_accelerator().current_device_name())
         self.first_step, self.resumed_from = 0, list(run.status.get("resumed_from", [])) if resume else []
         self._metrics = self._samples = None
-        self._told = 0.0
+        self._told, self._saved = 0.0, time.monotonic()
         self.pipeline.check_ranks(run.stage, self.world_size)
 
     def begin(self, total: int, engines: dict) -> dict | None:
         """Open the metrics files for `total` steps of `engines`. When resuming, load the newest checkpoint and return
         the state that was saved with it; None at the beginning, also when there is no checkpoint yet."""
-        loaded = load_checkpoint(self.run.checkpoints, engines) if self.resume else None
+        loaded = load_checkpoint(self.run.checkpoints, engines, self.say) if self.resume else None
         self.total, self.engines = total, engines
+        self.watch.start(self.pipeline.telemetry.hang_minutes)
         if loaded:
             self.first_step, self.started = loaded["step"], self.started - loaded["elapsed"]
         if self.resume:
@@ -69,12 +72,14 @@ class Session:
 
     def sum_tensor(self, tensor: Tensor) -> Tensor:
         """A new tensor: the sum over all ranks."""
+        self.watch.beat()
         total = tensor.detach().to(self.device, copy=True)
         dist.all_reduce(total)
         return total
 
     def largest(self, *values: float) -> list[float]:
         """The largest of each value over all ranks."""
+        self.watch.beat()
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total, op=dist.ReduceOp.MAX)
         return total.tolist()
@@ -82,6 +87,7 @@ class Session:
     def backward(self, engine: deepspeed.DeepSpeedEngine, loss: Tensor) -> None:
         """Add a rank's part of a global mean: DeepSpeed averages over ranks, so the part is multiplied by their number.
         The optimiser steps at the last micro batch of a step."""
+        self.watch.beat()
         engine.backward(loss * self.world_size, scale_wrt_gas=False)
         engine.step()
 
@@ -107,11 +113,22 @@ class Session:
                 self._samples.write(row)
 
     def checkpoint(self, step: int, state: dict | None = None) -> None:
-        """Save after `step` steps where checkpoint.every_steps says so; a resumed `begin` returns `state`."""
-        every = self.pipeline.checkpoint.every_steps
-        if every and step % every == 0 and step < self.total:
-            save_checkpoint(self.run.checkpoints, self.engines, self.pipeline.checkpoint.keep, step=step,
+        """Save after `step` steps where it is time; a resumed `begin` returns `state`.
+
+        Ranks agree on it, as clocks and signals reach them at different moments. Raises Stopped on all of them after
+        saving when one was asked to end.
+        """
+        settings = self.pipeline.checkpoint
+        late = settings.every_minutes and time.monotonic() - self._saved > 60 * settings.every_minutes
+        asked, late = self.largest(bool(self.watch.asked), bool(late and self.is_main))
+        counted = settings.every_steps and step % settings.every_steps == 0
+        if asked or step < self.total and (late or counted):
+            save_checkpoint(self.run.checkpoints, self.engines, settings.keep, step=step,
                             elapsed=time.time() - self.started, state=state or {})
+            self._saved = time.monotonic()
+        if asked:
+            raise Stopped(f"{self.watch.asked or 'a signal to another rank'}: asked to end, saved after step {step}")
+        self.watch.can_save = step < self.total
 
     def export(self, model, tokenizer) -> None:
         """The stage's Hugging Face folder `model/`, adapters merged; every rank has to call it."""
