@@ -108,7 +108,7 @@ def write_rows(folder: Path, pipeline: Pipeline, tokenizer, style: PromptStyle, 
     orders = blend_rows(numbers, part, labels, weights, data, pipeline.seed)
     if tokenizer is None:
         tokenizer = train_tokenizer(_texts(records, orders["sft"]), pipeline.model.vocab_size)
-        PromptStyle(tokenizer)  # it carries the template of Human/Assistant text
+        PromptStyle(tokenizer, system=data.system)  # it carries the template of Human/Assistant text
     tokenizer.save_pretrained(folder / "tokenizer")
     step(2)
     total = len(part)
