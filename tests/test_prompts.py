@@ -76,6 +76,16 @@ def test_the_text_of_a_chat_template():
     assert llama.response("good") == " good "
 
 
+@pytest.mark.parametrize("style, system", [("dialogue", ""), ("dialogue", "be \"kind\"\n{{é}}"), ("chat", ""),
+                                           ("chat", "be \"kind\"\n{{é}}")])
+def test_a_chat_with_the_exported_model_uses_the_text_it_was_trained_on(tmp_path, style, system):
+    trained = PromptStyle(tokenizer(CHATML), style, system)
+    trained.tokenizer.save_pretrained(tmp_path)
+    talking = PromptStyle.of(open_tokenizer(tmp_path))
+    assert talking.prompt(TURNS) == trained.prompt(TURNS) and system in talking.prompt(TURNS)
+    assert talking.response("a <|im_end|>") == trained.response("a <|im_end|>")
+
+
 def test_an_answer_ends_with_what_ends_it_in_the_template():
     """Whatever the tokenizer calls its EOS: generation has to stop where the template's turn does (Gemma)."""
     found = tokenizer(CHATML, ends="<|end|>")

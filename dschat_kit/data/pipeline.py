@@ -108,10 +108,14 @@ def write_rows(folder: Path, pipeline: Pipeline, tokenizer, style: PromptStyle, 
     orders = blend_rows(numbers, part, labels, weights, data, pipeline.seed)
     if tokenizer is None:
         tokenizer = train_tokenizer(_texts(records, orders["sft"]), pipeline.model.vocab_size)
-        PromptStyle(tokenizer)  # it carries the template of Human/Assistant text
+        PromptStyle(tokenizer, system=data.system)  # it carries the template of Human/Assistant text
     tokenizer.save_pretrained(folder / "tokenizer")
     step(2)
-    numbers |= write_tokens(records, folder / "rows" / "table.arrow", tokenizer, data, report)
+    total = len(part)
+
+    def progress(done: int) -> None:
+        report(f"data  [{'#' * (20 * done // total):20}] {done} of {total} rows tokenised")
+    numbers |= write_tokens(records, folder / "rows" / "table.arrow", tokenizer, data, progress)
     records.unlink()
     filtered = filter_rows(numbers, part, data, labels)
     if filtered:
@@ -183,10 +187,11 @@ def _texts(path: Path, rows: np.ndarray) -> Iterator[str]:
             yield from (prompt + response for response in responses if response)
 
 
-def write_tokens(records: Path, path: Path, tokenizer, data: Data, report=lambda line: None) -> Numbers:
-    """The records with their token ids; (N,) numbers of tokens, and which texts were cut."""
+def write_tokens(records: Path, path: Path, tokenizer, data: Data, progress=lambda rows: None) -> Numbers:
+    """Write the records with their token ids; returns (N,) numbers of tokens, and which texts were cut. `progress` gets
+    the rows done, every two seconds."""
     found = {name: [] for side in SIDES for name in (side, f"cut_{side}")}
-    rows, told, started = 0, time.monotonic(), time.monotonic()
+    rows, told = 0, time.monotonic()
     stream, write = table_writer(path, with_tokens=True)
     with stream:
         for batch in _batches(records):
@@ -197,9 +202,9 @@ def write_tokens(records: Path, path: Path, tokenizer, data: Data, report=lambda
                 found[f"cut_{side}"] += cut
             write([*batch.values(), *ids.values()])
             rows += len(batch["sample_id"])
-            if time.monotonic() - told > 5:
+            if time.monotonic() - told > 2:
                 told = time.monotonic()
-                report(f"data  {rows:>9} rows tokenised, {rows / (told - started):.0f} rows/s")
+                progress(rows)
     return {name: np.array(values, dtype=np.int32) for name, values in found.items()}
 
 

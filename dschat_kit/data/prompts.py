@@ -4,6 +4,7 @@ Two styles: `dialogue` is DeepSpeed-Chat's Human/Assistant text, `chat` the toke
 the tokenizer of the run carries it as its `chat_template`, so that an exported model is prompted as it was trained.
 """
 
+import json
 import re
 from collections.abc import Iterable
 
@@ -22,6 +23,8 @@ DIALOGUE_TEMPLATE = (
     "{{ '\\n\\nHuman:' if m['role'] == 'user' else '\\n\\nAssistant:' }}{{ ' ' + said if said }}"
     "{{ eos_token if loop.last and m['role'] == 'assistant' and not add_generation_prompt }}{% endif %}{% endfor %}"
     "{{ '\\n\\nAssistant:' if add_generation_prompt }}")
+WITH_SYSTEM = ("{%% if messages[0]['role'] != 'system' %%}"
+               "{%% set messages = [{'role': 'system', 'content': %s}] + messages %%}{%% endif %%}")
 
 
 def split_dialogue(text: str, human: str = HUMAN, assistant: str = ASSISTANT) -> list[Turn]:
@@ -73,10 +76,11 @@ class PromptStyle:
             specials |= {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
             specials |= set(tokenizer.all_special_tokens)
         self.before, self.after, markers = " ", "", {HUMAN, ASSISTANT}
+        if tokenizer is not None and (tokenizer.chat_template or not self.chat):
+            tokenizer.chat_template = (WITH_SYSTEM % json.dumps(system) if system else "") + (
+                tokenizer.chat_template if self.chat else DIALOGUE_TEMPLATE)
         if self.chat:
             markers = self._study_template(specials)
-        elif tokenizer is not None:
-            tokenizer.chat_template = DIALOGUE_TEMPLATE
         self._markers = sorted(filter(str.strip, specials | markers), key=len, reverse=True)
         self.defused = 0
 
@@ -88,9 +92,11 @@ class PromptStyle:
     def prompt(self, turns: Iterable[Turn]) -> str:
         """The text before a response. Raises ValueError where the template refuses the turns."""
         turns = [(role, self.safe(text)) for role, text in turns]
+        if self.chat:
+            return self._render(turns, True) if turns else ""
         if self.system and turns and turns[0][0] != "system":
             turns = [("system", self.system), *turns]
-        return self._render(turns, True) if self.chat else dialogue_text(turns) if turns else ""
+        return dialogue_text(turns) if turns else ""
 
     def response(self, text: str) -> str:
         """A response without its EOS."""
@@ -118,7 +124,7 @@ class PromptStyle:
             raise ConfigError("data.prompt_style: got 'chat', but the tokenizer has no chat template\n  expected: a "
                               "model with one\n  change:   --set data.prompt_style=dialogue, or another model.name")
         one, answer, two, last = said = ("QXAZQ", "QXBZQ", "QXCZQ", "QXDZQ")
-        turns = [("system", self.system)] * bool(self.system) + [("user", one), ("assistant", answer), ("user", two)]
+        turns = [("user", one), ("assistant", answer), ("user", two)]
         try:
             asked, whole = self._render(turns, True), self._render([*turns, ("assistant", last)], False)
         except ValueError as error:

@@ -167,7 +167,7 @@ def headline(root: Path, stage: str) -> str:
     if stage not in HEADLINES or not (root / stage / "result.json").exists():
         return ""
     result = open_run(root, stage).result
-    rows = sum(count for by in result.get("rows", {}).values() for part, count in by.items() if part != "eval")
+    rows = sum(count for by in result.get("rows", {}).values() for part, count in by.items() if part[-4:] != "eval")
     gold = stage == "ppo" and result.get("gold_before") is not None
     return (HEADLINES[stage] + HEADLINES["gold"] * gold).format(**result, training_rows=rows)
 

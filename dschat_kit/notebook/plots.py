@@ -162,14 +162,14 @@ def blend_picture(data_run) -> Figure:
     if not sources:
         return _named(_empty(figure, axes), "Data: no result yet")
     axes.figure.set_size_inches(9, 1.6 + 0.45 * len(sources))
-    train = {name: sum(count for part, count in by.items() if part != "eval") for name, by in sources.items()}
+    train = {name: sum(count for part, count in by.items() if part[-4:] != "eval") for name, by in sources.items()}
     names = [f"{_short(name)}  ({rows / (sum(train.values()) or 1):.0%})" for name, rows in train.items()]
     left, stages = [0] * len(sources), list(dict.fromkeys(stage for by in sources.values() for stage in by))
     for number, stage in enumerate(stages):
         _, colour, hatch = PARTS[number % len(PARTS)]
         counts = [by.get(stage, 0) for by in sources.values()]
         drawn = axes.barh(names, counts, 0.6, left, color=colour, hatch=hatch, edgecolor="white",
-                          label="held out" if stage == "eval" else stage)
+                          label={"eval": "held out", "ptx_eval": "text held out"}.get(stage, stage))
         axes.bar_label(drawn, [str(count) if count else "" for count in counts], label_type="center", fontsize=9,
                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})
         left = [low + count for low, count in zip(left, counts, strict=True)]
