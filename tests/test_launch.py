@@ -229,8 +229,10 @@ def test_ranks_are_asked_to_end_before_their_launchers(tmp_path, stage):
 
 
 def test_ranks_that_were_asked_to_end_by_others_are_interrupted_not_failed(stage):
-    assert run(["bash", "-c", "exit 130", "--run", str(stage)]).returncode == 130
-    assert status(stage)["state"] == "interrupted"
+    script = 'echo "Traceback (most" > "$1/logs/rank0.log"; exit 130'
+    done = run(["bash", "-c", script, "--run", str(stage)])
+    assert done.returncode == 130 and b"asked to end" in done.stderr and b"last lines" not in done.stderr
+    assert (stage / "logs/rank0.log").exists() and status(stage)["state"] == "interrupted"
 
 
 def test_locks_of_killed_compilations_are_removed_and_those_at_work_are_not(tmp_path, stage, monkeypatch):

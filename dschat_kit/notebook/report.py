@@ -83,9 +83,9 @@ class Report:
             _write(1, line)
         if code == 0 and not reason:
             return 0
+        reason = reason or "asked to end" * (code == 130)  # by a signal that the ranks got and we did not
         if not reason and not self.errors:
             _write(2, *self._failing_tail())
-        reason = reason or "asked to end" * (code == 130)  # by a signal that the ranks got and we did not
         killed = code - 128 if 128 < code < 160 else 256 - code if code > 224 else 0  # DeepSpeed passes -9 on as 247
         what = reason or (f"killed by signal {killed}" if killed else f"ended with exit code {code}")
         what += ", perhaps for want of memory" if killed == 9 and not reason else ""

@@ -32,7 +32,8 @@ class Begun:
             return ["python", "-m", "dschat_kit.data.pipeline", "--run", str(self.run.path)]
         resume = ["--resume"] if self.action == "resume" else []
         launcher = shlex.split(self.launcher) or ["deepspeed", "--num_gpus", str(self.ranks)]
-        return [*launcher, "--module", f"dschat_kit.train.{self.run.stage}", "--run", str(self.run.path), *resume]
+        module = ["--module", *["--"] * (Path(launcher[0]).name == "torchrun")]  # which has a --run-path
+        return [*launcher, *module, f"dschat_kit.train.{self.run.stage}", "--run", str(self.run.path), *resume]
 
 
 def configuration(preset: str | None, run_root: str | Path | None, overrides=()) -> tuple[str, Path, Pipeline]:

@@ -118,12 +118,14 @@ def _failed(run: StageRun, rank: int, error: BaseException, errors) -> int:
         return code
     time.sleep(0.3 * min(rank, 3))
     ours = rank == 0 or dist.is_initialized()  # rank 0 holds the folder once all ranks have met
-    if ours and run.status.get("state") == "running" and (rank == 0 or not isinstance(error, Interrupted)):
+    first = ours and run.status.get("state") == "running" and (rank == 0 or not isinstance(error, Interrupted))
+    if first or isinstance(error, Hanging):  # which may be seen on machines that no longer reach one another
         more = f"\n  the whole story: {run.logs / f'rank{rank}.log'}" if code == 1 else ""
         print(text if stopped else f"error: {text}{more}", file=errors, flush=True)
         try:
             steps = [row["step"] for row in read_metrics(run.metrics_path)[-1:]] or [0]
-            run.update_status(state="interrupted" if code == 130 else "failed", error=text, step=steps[0])
+            if first:
+                run.update_status(state="interrupted" if code == 130 else "failed", error=text, step=steps[0])
         except RunError as second:
             print(f"error: {second}", file=errors, flush=True)
     return code

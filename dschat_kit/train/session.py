@@ -43,6 +43,8 @@ class Session:
         the state that was saved with it; None at the beginning, also when there is no checkpoint yet."""
         loaded = load_checkpoint(self.run.checkpoints, engines, self.say) if self.resume else None
         self.total, self.engines = total, engines
+        for engine in engines.values():  # every token of a generation is progress
+            engine.module.register_forward_pre_hook(lambda *_: self.watch.beat())
         self.watch.start(self.pipeline.telemetry.hang_minutes)
         if loaded:
             self.first_step, self.started = loaded["step"], self.started - loaded["elapsed"]
@@ -87,7 +89,6 @@ class Session:
     def backward(self, engine: deepspeed.DeepSpeedEngine, loss: Tensor) -> None:
         """Add a rank's part of a global mean: DeepSpeed averages over ranks, so the part is multiplied by their number.
         The optimiser steps at the last micro batch of a step."""
-        self.watch.beat()
         engine.backward(loss * self.world_size, scale_wrt_gas=False)
         engine.step()
 

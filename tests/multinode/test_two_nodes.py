@@ -54,8 +54,9 @@ def place(tmp_path_factory, nodes):
     """The folder both nodes see: runs, a hostfile, and stand-ins for ssh's programs that enter a namespace instead."""
     folder = tmp_path_factory.mktemp("two nodes")
     (folder / "hostfile").write_text("".join(f"{name} slots=1\n" for name in nodes))
-    (folder / "pdsh").write_text(PDSH)
-    (folder / "pdsh").chmod(0o755)
+    (folder / "bin").mkdir()
+    (folder / "bin" / "pdsh").write_text(PDSH)
+    (folder / "bin" / "pdsh").chmod(0o755)
     return folder
 
 
@@ -73,7 +74,7 @@ exit $code
 
 
 def start(node: str, place: Path, *words: str) -> subprocess.Popen:
-    env = {**environment(), "GLOO_SOCKET_IFNAME": "eth0", "PATH": f"{place}:{BIN}:{os.environ['PATH']}",
+    env = {**environment(), "GLOO_SOCKET_IFNAME": "eth0", "PATH": f"{place}/bin:{BIN}:{os.environ['PATH']}",
            "DS_ENV_FILE": str(place / "none")}
     return subprocess.Popen(["ip", "netns", "exec", node, *words], env=env, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE)
@@ -96,7 +97,8 @@ def launch(launcher: str, stage: str, nodes, place: Path, root: Path, sets=()) -
         assert jobs[0].poll() is None, jobs[0].communicate()
         time.sleep(0.05)
     if launcher != "pdsh":
-        words = f'{by(launcher, place, 1)} --module dschat_kit.train.{stage} --run "$0"'
+        dashes = "-- " * (launcher == "torchrun")
+        words = f'{by(launcher, place, 1)} --module {dashes}dschat_kit.train.{stage} --run "$0"'
         jobs.append(start(nodes[1], place, "bash", "-c", f"{sys.executable} -m dschat_kit.notebook.launch -- {words}",
                           str(root / stage)))
     return jobs
@@ -152,7 +154,10 @@ def test_a_lost_link_ends_both_with_a_named_error(chain, nodes, place):
         time.sleep(0.05)
     ip(f"-n {nodes[0]} link set eth0 down")
     begun = time.monotonic()
-    ends = [job.communicate(timeout=120) for job in jobs]
+    try:
+        ends = [job.communicate(timeout=120) for job in jobs]
+    finally:
+        ip(f"-n {nodes[0]} link set eth0 up")
     assert time.monotonic() - begun < 60
     for rank, (job, (out, err)) in enumerate(zip(jobs, ends, strict=True)):
         assert job.returncode == 1 and f"rank {rank}: no progress for 12 s" in err + out, out + err
