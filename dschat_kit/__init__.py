@@ -2,7 +2,8 @@
 
 Read the modules in READING_ORDER; every one imports only from those before it.
 
-    sections, config, presets, machine, runs, metrics   what was asked, the machine, and the run folder
+    sections, held, config, presets                  what was asked
+    machine, feasible, runs, metrics                 the machine, what it cannot, and the run folder
     data/      raw rows -> records -> exact text -> splits -> token rows -> batches
     models/    Hugging Face models: causal, and with a scalar head
     rlhf/      the mathematics, plain torch
@@ -14,7 +15,7 @@ Read the modules in READING_ORDER; every one imports only from those before it.
 """
 
 READING_ORDER = (
-    "sections", "config", "presets", "machine", "runs", "metrics",
+    "sections", "held", "config", "presets", "machine", "feasible", "runs", "metrics",
     "data.toy", "data.sources", "data.prompts", "data.splits", "data.tokenizer", "data.pipeline", "data.datasets",
     "models.loading", "models.scalar_model", "models.lora", "models.fetch",
     "rlhf.experience", "rlhf.rewards", "rlhf.losses", "rlhf.rollout",

@@ -4,6 +4,7 @@ It is transformers' own sequence classifier inside, so that an exported reward m
 score = (logit - config.score_shift) * config.score_scale.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -49,9 +50,11 @@ def response_values(critic: nn.Module, sequences: Tensor, attention_mask: Tensor
     return critic(sequences, attention_mask)[:, -response_length - 1:-1]
 
 
-def load_scalar_model(source: str | Path, settings: Model, seed: int, new_head: bool) -> ScalarModel:
+def load_scalar_model(source: str | Path, settings: Model, seed: int, new_head: bool,
+                      gathered=nullcontext) -> ScalarModel:
     """A scalar model from a folder. `new_head` draws the head from N(0, 1/(d+1)) (Stiennon et al. 2020) over any
-    causal model's backbone; otherwise the folder must hold a trained head. Raises ConfigError for another folder."""
+    causal model's backbone; otherwise the folder must hold a trained head. `gathered(weight)` is a context in which a
+    weight that was sharded while loading is whole. Raises ConfigError for another folder."""
     from transformers import AutoModelForSequenceClassification
     expected = "a whole model folder of a family with a sequence classifier in transformers"
     config = load_config(source)
@@ -64,8 +67,8 @@ def load_scalar_model(source: str | Path, settings: Model, seed: int, new_head: 
         raise ConfigError(f"{source}: has no weights for {', '.join(missing[:3]) or 'a head named score'}\n"
                           f"  expected: {expected}\n  change:   --set model.name=PATH")
     if new_head:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        weight = classifier.score.weight
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), gathered(weight):
             torch.manual_seed(seed)
-            width = classifier.score.weight.shape[1]
-            classifier.score.weight.copy_(torch.randn(1, width) * (width + 1) ** -0.5)
+            weight.copy_(torch.randn(weight.shape) * (weight.shape[1] + 1) ** -0.5)
     return ScalarModel(classifier)

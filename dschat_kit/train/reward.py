@@ -14,7 +14,9 @@ import torch
 
 from dschat_kit.data.datasets import StepSampler, TokenRows, by_length, chunks, preference_batch, rank_share, sft_batch
 from dschat_kit.data.sources import gold_of
+from dschat_kit.data.tokenizer import require_same_tokenizer
 from dschat_kit.engine.engines import build_engine, grad_norm, learning_rate, set_learning_rate
+from dschat_kit.engine.zero import gathered, sharded_loading
 from dschat_kit.models.lora import add_adapters
 from dschat_kit.models.scalar_model import last_token, load_scalar_model
 from dschat_kit.rlhf.losses import preference_loss
@@ -28,7 +30,10 @@ def train(session: Session) -> dict:
     pipeline, settings = session.pipeline, session.pipeline.reward
     data, tokenizer, pad_id = session.prepare_data()
     rows, held_out = TokenRows(data, "reward"), TokenRows(data, "eval")
-    model = load_scalar_model(open_run(session.root, "sft").model_dir, pipeline.model, pipeline.seed, new_head=True)
+    source = settings.model or open_run(session.root, "sft").model_dir
+    require_same_tokenizer(tokenizer, source)
+    with sharded_loading(pipeline):
+        model = load_scalar_model(source, pipeline.model, pipeline.seed, new_head=True, gathered=gathered)
     engine = build_engine(add_adapters(model, pipeline.lora, pipeline.seed), pipeline, lr=settings.lr,
                           batch_size=settings.batch_size, micro_batch_size=settings.micro_batch_size,
                           world_size=session.world_size, grad_clip=settings.grad_clip,

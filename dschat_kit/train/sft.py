@@ -14,6 +14,7 @@ import torch
 
 from dschat_kit.data.datasets import StepSampler, TokenRows, by_length, chunks, rank_share, sft_batch
 from dschat_kit.engine.engines import build_engine, grad_norm, learning_rate, set_learning_rate
+from dschat_kit.engine.zero import sharded_loading
 from dschat_kit.models.loading import check_length, load_causal_lm, model_inputs
 from dschat_kit.models.lora import add_adapters
 from dschat_kit.rlhf.losses import sft_loss
@@ -26,7 +27,8 @@ def train(session: Session) -> dict:
     pipeline, settings = session.pipeline, session.pipeline.sft
     data, tokenizer, pad_id = session.prepare_data()
     rows, held_out = TokenRows(data, "sft"), TokenRows(data, "eval")
-    model = load_causal_lm(pipeline.model.name, pipeline.model, tokenizer, pipeline.seed)
+    with sharded_loading(pipeline):
+        model = load_causal_lm(pipeline.model.name, pipeline.model, tokenizer, pipeline.seed)
     check_length(model.config, pipeline.data.max_prompt_tokens + pipeline.data.max_response_tokens)
     engine = build_engine(add_adapters(model, pipeline.lora, pipeline.seed), pipeline, lr=settings.lr,
                           batch_size=settings.batch_size, micro_batch_size=settings.micro_batch_size,
