@@ -42,12 +42,12 @@ def replay(session: Session) -> dict:
     model, rows = roles.actor.module, []
     ema = Ema(roles.actor, DECAY)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    closed = full_state_dict(model, session.is_main)
+    closed = {name: value.double().clone() for name, value in full_state_dict(model, session.is_main).items()}
     for _ in range(STEPS):
         rows.append(ppo.update(session, roles, mine, 1.0, {"actor": 1e-3, "critic": 1e-3}))
         ema.update()
         state = full_state_dict(model, session.is_main)
-        closed = {name: DECAY * closed[name].double() + (1 - DECAY) * state[name].double() for name in state}
+        closed = {name: DECAY * closed[name] + (1 - DECAY) * state[name].double() for name in state}
     found = ema.state_dict()
     place = str(session.run.path / "ema")
     ema.save_checkpoint(place, "state")

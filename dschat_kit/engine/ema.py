@@ -11,42 +11,43 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from dschat_kit.engine.zero import owned_parts
+from dschat_kit.models.lora import ACTOR
 from dschat_kit.runs import RunError
 
 __all__ = ["Ema"]
 
 
 class Ema:
-    """The average of `module`, trained by `engine`. Saved and loaded by the name and place of each part, so that another
-    number of ranks or another ZeRO stage can go on with it."""
+    """The average of what `engine` trains (of a shared model: what the actor does). Saved and loaded by the name and
+    place of each part, so that another number of ranks or another ZeRO stage can go on with it."""
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, decay: float, module: nn.Module | None = None):
-        self.module, self.decay = module or engine.module, decay
-        self.device = engine.device
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, decay: float):
+        self.decay, self.device = decay, engine.device
+        self._trained = {name: parameter for name, parameter in engine.module.named_parameters()
+                         if parameter.requires_grad and ("lora_" not in name or f".{ACTOR}." in name)}
         self.parts = {name: (part.detach().float().clone(), start)
-                      for name, (part, start) in owned_parts(self.module).items()}
+                      for name, (part, start) in owned_parts(self._trained).items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """To be called once after every optimiser step."""
-        for name, (part, _) in owned_parts(self.module).items():
+        for name, (part, _) in owned_parts(self._trained).items():
             self.parts[name][0].lerp_(part.detach().float(), 1 - self.decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Whole fp32 averages of the trained parameters on the CPU of the main rank; other ranks get {}. Collective."""
         state = {}
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad:
-                shape = getattr(parameter, "ds_shape", parameter.shape)
-                whole = torch.zeros(shape.numel(), device=self.device)
-                part, start = self.parts.get(name, (whole[:0], 0))
-                whole[start:start + part.numel()] = part.to(whole.device)
-                dist.reduce(whole, 0)
-                if dist.get_rank() == 0:
-                    state[name] = whole.view(shape).cpu()
+        for name, parameter in self._trained.items():
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            whole = torch.zeros(shape.numel(), device=self.device)
+            part, start = self.parts.get(name, (whole[:0], 0))
+            whole[start:start + part.numel()] = part.to(whole.device)
+            dist.reduce(whole, 0)
+            if dist.get_rank() == 0:
+                state[name] = whole.view(shape).cpu()
         return state
 
     def save_checkpoint(self, folder: str, tag: str, **_) -> None:

@@ -14,14 +14,17 @@ __all__ = ["build_engine", "freeze", "grad_norm", "learning_rate", "set_learning
 
 
 def build_engine(model: nn.Module, pipeline: Pipeline, *, lr: float, batch_size: int, micro_batch_size: int,
-                 world_size: int, grad_clip: float, weight_decay: float = 0.0,
-                 eps: float = 1e-8) -> deepspeed.DeepSpeedEngine:
+                 world_size: int, grad_clip: float, weight_decay: float = 0.0, eps: float = 1e-8,
+                 groups: list[list[nn.Parameter]] | None = None) -> deepspeed.DeepSpeedEngine:
     """A training engine of the weights that require gradients; one optimiser step is batch_size rows over all ranks,
-    micro_batch_size at a time on each. The log says which Adam it has."""
+    micro_batch_size at a time on each. `groups` share the engine: each has its own backward pass of a micro batch and
+    its own learning rate. The log says which Adam it has."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    accumulation = batch_size // (micro_batch_size * world_size) * len(groups or [parameters])
     config = deepspeed_config(pipeline.zero, pipeline.model.dtype, micro_batch_size=micro_batch_size,
-                              accumulation=batch_size // (micro_batch_size * world_size), grad_clip=grad_clip)
-    optimizer = _adam(parameters, config, lr=lr, eps=eps, weight_decay=weight_decay)
+                              accumulation=accumulation, grad_clip=grad_clip)
+    optimizer = _adam([{"params": group} for group in groups or [parameters]], config, lr=lr, eps=eps,
+                      weight_decay=weight_decay)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=parameters, config=config)
     if engine.zero_optimization_stage() == 0 and pipeline.model.dtype == "fp32":
         def clip() -> None:  # as DeepSpeed's own in this case, which forgets the norm
@@ -30,16 +33,17 @@ def build_engine(model: nn.Module, pipeline: Pipeline, *, lr: float, batch_size:
     return engine
 
 
-def _adam(parameters: list, config: dict, **how) -> torch.optim.Optimizer:
+def _adam(groups: list[dict], config: dict, **how) -> torch.optim.Optimizer:
     """AdamW: DeepSpeed's CPU kernel for offloaded states and its fused one on a GPU where they build, else torch's."""
     how["betas"], name, reason = (0.9, 0.95), "torch AdamW", ""
-    kind = "DeepSpeedCPUAdam" if optimizer_device(config) != "none" else "FusedAdam" if torch.cuda.is_available() else ""
+    on_gpu = "FusedAdam" if torch.cuda.is_available() else ""
+    kind = "DeepSpeedCPUAdam" if optimizer_device(config) != "none" else on_gpu
     try:
-        made, name = (getattr(deepspeed.ops.adam, kind)(parameters, **how), kind) if kind else (None, name)
+        made, name = (getattr(deepspeed.ops.adam, kind)(groups, **how), kind) if kind else (None, name)
     except (RuntimeError, ImportError, OSError, MissingCUDAException, CUDAMismatchException) as error:
         made, reason = None, f", since {kind} cannot be built: {(str(error) or type(error).__name__).splitlines()[0]}"
     print(f"optimizer: {name}{reason}", flush=True)
-    return made or torch.optim.AdamW(parameters, fused=True, **how)
+    return made or torch.optim.AdamW(groups, fused=True, **how)
 
 
 def freeze(model: nn.Module, pipeline: Pipeline, device: torch.device) -> nn.Module:

@@ -16,8 +16,8 @@ __all__ = ["full_state_dict", "gathered", "owned_parts", "sharded_loading"]
 
 @contextmanager
 def sharded_loading(pipeline: Pipeline):
-    """Inside, transformers' `from_pretrained` shards each layer as it is made and filled where ZeRO-3 is asked for: rank
-    0 maps the file, no rank ever holds the whole model."""
+    """Inside, transformers' `from_pretrained` shards each layer as it is made and filled where ZeRO-3 is asked for:
+    rank 0 maps the file, no rank ever holds the whole model."""
     if pipeline.zero.stage < 3:
         yield
         return
@@ -38,13 +38,11 @@ def gathered(*parameters: nn.Parameter):
         yield
 
 
-def owned_parts(module: nn.Module) -> dict[str, tuple[Tensor, int]]:
+def owned_parts(trained: dict[str, nn.Parameter]) -> dict[str, tuple[Tensor, int]]:
     """name -> (this rank's part of a trained parameter, where it begins in the flattened parameter), in fp32 where the
     optimiser keeps fp32 weights. The parts of all ranks make up the parameter, without overlap under every stage."""
     rank, world_size, parts = dist.get_rank(), dist.get_world_size(), {}
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    for name, parameter in trained.items():
         if hasattr(parameter, "ds_id"):
             part = safe_get_local_fp32_param(parameter).flatten()
             start = rank * part.numel()  # the last part is padded to the length of the others

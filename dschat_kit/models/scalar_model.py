@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dschat_kit.config import ConfigError, Model
 from dschat_kit.models.loading import load_config, load_pretrained, model_inputs
 
-__all__ = ["ScalarModel", "last_token", "load_scalar_model", "response_values"]
+__all__ = ["ScalarModel", "last_token", "load_scalar_model", "response_values", "scalars"]
 
 
 def last_token(values: Tensor, attention_mask: Tensor) -> Tensor:
@@ -21,6 +21,12 @@ def last_token(values: Tensor, attention_mask: Tensor) -> Tensor:
     positions = torch.arange(attention_mask.shape[1], device=values.device).expand_as(attention_mask)
     last = positions.masked_fill(~attention_mask, -1).amax(1)
     return values.gather(1, last.clamp(min=0)[:, None]).squeeze(1)
+
+
+def scalars(backbone: nn.Module, head: nn.Module, sequences: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B, T) fp32: the head at every position of the backbone's last hidden states."""
+    hidden = backbone(**model_inputs(backbone, sequences, attention_mask), use_cache=False).last_hidden_state
+    return head(hidden).squeeze(-1).float()
 
 
 class ScalarModel(nn.Module):
@@ -35,8 +41,7 @@ class ScalarModel(nn.Module):
     def forward(self, sequences: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, T) fp32 scalars; the one at the last real token is the score of a response."""
         backbone = getattr(self.classifier, self.classifier.base_model_prefix)
-        hidden = backbone(**model_inputs(backbone, sequences, attention_mask), use_cache=False).last_hidden_state
-        return (self.classifier.score(hidden).squeeze(-1).float() - self.shift) * self.scale
+        return (scalars(backbone, self.classifier.score, sequences, attention_mask) - self.shift) * self.scale
 
     def normalise(self, shift: float, scale: float) -> None:
         """From now on scores are moved by -shift, then multiplied by scale, on top of what holds already; config.json

@@ -23,6 +23,7 @@ from dschat_kit.rlhf.losses import preference_loss
 from dschat_kit.runs import open_run
 from dschat_kit.train.rank import main
 from dschat_kit.train.session import Session
+from dschat_kit.train.telemetry import peak_memory_mb
 
 
 def train(session: Session) -> dict:
@@ -55,10 +56,15 @@ def train(session: Session) -> dict:
             session.backward(engine, part)
             sums = {name: value + metrics[name] for name, value in sums.items()}
         row = dict(zip(sums, session.sum(*sums.values()), strict=True))
-        row |= {"lr": lr, "grad_norm": grad_norm(engine), "seconds": time.perf_counter() - clock}
+        seconds, sides = time.perf_counter() - clock, ("chosen_ids", "rejected_ids")
+        lengths = [(len(r["prompt_ids"]) + len(r[side]), 0) for r in mine for side in sides]
+        tokens_read, = session.sum(sum(length for length, _ in lengths))
+        row |= {"lr": lr, "grad_norm": grad_norm(engine), "seconds": seconds,
+                "tokens_per_second": tokens_read / seconds, **session.cost("training", engine, lengths, seconds)}
         if (step + 1) % settings.eval_every == 0 or step + 1 == steps:
             scores = pair_scores(session, engine, held_out, pad_id, limit=settings.eval_rows)
             row["eval_accuracy"] = accuracy_of(scores[:, 0] - scores[:, 1])
+            session.keep_memory({"evaluation": peak_memory_mb()})
         session.log(step + 1, row, show=("loss", "accuracy", "eval_accuracy") if "eval_accuracy" in row else ())
         session.checkpoint(step + 1)
 

@@ -20,6 +20,7 @@ from dschat_kit.models.lora import add_adapters
 from dschat_kit.rlhf.losses import sft_loss
 from dschat_kit.train.rank import main
 from dschat_kit.train.session import Session
+from dschat_kit.train.telemetry import peak_memory_mb
 
 
 def train(session: Session) -> dict:
@@ -57,10 +58,13 @@ def train(session: Session) -> dict:
         loss, = session.sum(loss)
         seconds = time.perf_counter() - clock
         row = {"loss": loss, "lr": lr, "grad_norm": grad_norm(engine),
-               "tokens_per_second": tokens_read / seconds, "seconds": seconds}
+               "tokens_per_second": tokens_read / seconds, "seconds": seconds, **session.cost(
+                   "training", engine, [(len(r["prompt_ids"]) + len(r["chosen_ids"]), len(r["chosen_ids"]))
+                                        for r in mine], seconds)}
         state["tokens"], state["seconds"] = state["tokens"] + tokens_read, state["seconds"] + seconds
         if (step + 1) % settings.eval_every == 0 or step + 1 == steps:
             row["eval_loss"] = state["loss_after"] = evaluate(session, engine, held_out, pad_id)
+            session.keep_memory({"evaluation": peak_memory_mb()})
         session.log(step + 1, row, show=("loss", "eval_loss") if "eval_loss" in row else ())
         session.checkpoint(step + 1, state)
 
