@@ -1,6 +1,7 @@
 """The only file that knows how ZeRO holds parameters: sharded loading, gathering, and each rank's own fp32 part."""
 
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import deepspeed
 import torch
@@ -15,10 +16,11 @@ __all__ = ["full_state_dict", "gathered", "owned_parts", "sharded_loading"]
 
 
 @contextmanager
-def sharded_loading(pipeline: Pipeline):
+def sharded_loading(pipeline: Pipeline, source: str | Path):
     """Inside, transformers' `from_pretrained` shards each layer as it is made and filled where ZeRO-3 is asked for:
-    rank 0 maps the file, no rank ever holds the whole model."""
-    if pipeline.zero.stage < 3:
+    rank 0 maps the file, no rank ever holds the whole model. Random weights, small and drawn alike under every stage,
+    are sharded afterwards."""
+    if pipeline.zero.stage < 3 or str(source) == "scratch":
         yield
         return
     from transformers.integrations import deepspeed as integration

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from dschat_kit.config import Pipeline
 from dschat_kit.runs import StageRun
 
 __all__ = ["model_card"]
@@ -14,29 +15,44 @@ USE = {"reward": "Score of a response: `(logit - config.score_shift) * config.sc
 
 def model_card(run: StageRun, result: dict, what: str = "") -> str:
     """README.md of a finished stage's model: data, configuration that is not the default, metrics and versions."""
-    pipeline = run.pipeline
-    changed = [f"| `{section}.{name}` | {json.dumps(_public(value) if isinstance(value, str) else value)} |" for section, values in pipeline.to_dict().items()
-               if isinstance(values, dict) for name, value in values.items()
-               if value != getattr(type(getattr(pipeline, section))(), name)]
-    numbers = [f"| {name} | {value:.6g} |" for name, value in result.items()
-               if isinstance(value, (int, float)) and not isinstance(value, bool)]
-    shares = ", ".join(_public(source) + ("" if weight is None else f" ({weight:g})")
-                       for source, weight in pipeline.data.weighted_sources())
+    pipeline, default = run.pipeline, Pipeline().to_dict()
+    settings = {f"`{section}.{name}`": value for section, values in pipeline.to_dict().items()
+                if isinstance(values, dict) for name, value in values.items() if value != default[section][name]}
+    numbers = {name: f"{value:.6g}" for name, value in result.items() if type(value) in (int, float)}
+    shares = [_public(source) + ("" if weight is None else f" ({weight:g})")
+              for source, weight in pipeline.data.weighted_sources()]
     base = "random weights" if pipeline.model.name == "scratch" else _public(pipeline.model.name)
-    lines = ["---", "library_name: transformers", f"pipeline_tag: {_task(run.stage)}",
-             "tags: [rlhf, deepspeed, dschat_kit]", "---", f"# {run.root.name}: {TITLES[run.stage]}{what}", "",
-             f"Made by dschat_kit from {base}, configuration {result['config_hash']}, seed {result['seed']}, "
-             f"{result['world_size']} ranks, ZeRO-{pipeline.zero.stage}, {pipeline.model.dtype}.", USE.get(run.stage, ""), "", "## Data", "", f"{shares}; stages split {pipeline.data.stage_split}, by prompt.", "",
-             "## Metrics", "", "| metric | value |", "|---|---|", *numbers, "",
-             "## Configuration", "", "What differs from the defaults; the whole of it is the run's config.json.", "",
-             "| setting | value |", "|---|---|", *changed, "",
-             "## Versions", "", ", ".join(f"{name} {version}" for name, version in result["versions"].items()), ""]
-    return "\n".join(lines)
+    task = "text-classification" if run.stage == "reward" else "text-generation"
+    return f"""---
+library_name: transformers
+pipeline_tag: {task}
+tags: [rlhf, deepspeed, dschat_kit]
+---
+# {run.root.name}: {TITLES[run.stage]}{what}
+
+Made by dschat_kit from {base}: configuration {result["config_hash"]}, seed {result["seed"]}, \
+{result["world_size"]} ranks, ZeRO-{pipeline.zero.stage}, {pipeline.model.dtype}. {USE.get(run.stage, "")}
+
+## Data
+{", ".join(shares)}; shares of the stages {pipeline.data.stage_split}, split by prompt.
+
+## Metrics
+{_table("metric", numbers)}
+
+## Configuration
+What differs from the defaults; the whole of it is the run's config.json.
+
+{_table("setting", {name: json.dumps(_public(value)) for name, value in settings.items()})}
+
+## Versions
+{", ".join(f"{name} {version}" for name, version in result["versions"].items())}
+"""
 
 
-def _public(name: str) -> str:
-    return Path(name).name if Path(name).is_absolute() else name  # where it lies here is nobody's business
+def _table(head: str, rows: dict[str, str]) -> str:
+    return "\n".join([f"| {head} | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def _task(stage: str) -> str:
-    return "text-classification" if stage == "reward" else "text-generation"
+def _public(value):
+    """A path without the folders above it: where a file lies here is nobody's business."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

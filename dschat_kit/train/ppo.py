@@ -103,11 +103,11 @@ def build_roles(session: Session, tokenizer) -> Roles:
                             grad_clip=settings.grad_clip, **more)
 
     def causal():
-        with sharded_loading(pipeline):
+        with sharded_loading(pipeline, sft):
             return load_causal_lm(sft, pipeline.model, tokenizer, pipeline.seed)
 
     def scalar():
-        with sharded_loading(pipeline):
+        with sharded_loading(pipeline, reward):
             return load_scalar_model(reward, pipeline.model, pipeline.seed, new_head=False)
 
     actor = causal()

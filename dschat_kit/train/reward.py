@@ -33,7 +33,7 @@ def train(session: Session) -> dict:
     rows, held_out = TokenRows(data, "reward"), TokenRows(data, "eval")
     source = settings.model or open_run(session.root, "sft").model_dir
     require_same_tokenizer(tokenizer, source)
-    with sharded_loading(pipeline):
+    with sharded_loading(pipeline, source):
         model = load_scalar_model(source, pipeline.model, pipeline.seed, new_head=True, gathered=gathered)
     engine = build_engine(add_adapters(model, pipeline.lora, pipeline.seed), pipeline, lr=settings.lr,
                           batch_size=settings.batch_size, micro_batch_size=settings.micro_batch_size,

@@ -28,7 +28,7 @@ def train(session: Session) -> dict:
     pipeline, settings = session.pipeline, session.pipeline.sft
     data, tokenizer, pad_id = session.prepare_data()
     rows, held_out = TokenRows(data, "sft"), TokenRows(data, "eval")
-    with sharded_loading(pipeline):
+    with sharded_loading(pipeline, pipeline.model.name):
         model = load_causal_lm(pipeline.model.name, pipeline.model, tokenizer, pipeline.seed)
     check_length(model.config, pipeline.data.max_prompt_tokens + pipeline.data.max_response_tokens)
     engine = build_engine(add_adapters(model, pipeline.lora, pipeline.seed), pipeline, lr=settings.lr,
