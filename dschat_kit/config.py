@@ -209,6 +209,10 @@ class Pipeline(Section):
     def __post_init__(self):
         super().__post_init__()
         self.zero.check_user_json(self.model.dtype)
+        if self.lora.share_base and self.zero.offload_optimizer:
+            raise error("zero.offload_optimizer", "true with lora.share_base", "false: the roles' backward passes take "
+                        "turns, which offloading does not follow; adapters have small states",
+                        "--set zero.offload_optimizer=false")
         if self.lora.share_base and self.reward.model:
             raise error("reward.model", repr(self.reward.model), "none with lora.share_base: the roles share one model",
                         "--set lora.share_base=false")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dschat_kit.config import Pipeline
+from dschat_kit.engine.zero import clear_gradients
 from dschat_kit.models.lora import ACTOR, add_adapters
 from dschat_kit.models.scalar_model import scalars
 from dschat_kit.runs import RunError, read_json
@@ -85,6 +86,13 @@ class Role:
         """As the engine's; the role is active again for what gradient checkpointing computes anew."""
         with self._active():
             self.engine.backward(loss, **how)
+
+    def step(self) -> None:
+        """As the engine's, which makes an optimiser step once each role has had all its backward passes."""
+        last = self.engine.is_gradient_accumulation_boundary()
+        self.engine.step()
+        if last:
+            clear_gradients(self.engine.module.trained("critic"))
 
     @property
     def optimizer(self) -> SimpleNamespace:

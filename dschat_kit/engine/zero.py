@@ -6,13 +6,13 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_local_fp32_param
+from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_grad
 from torch import Tensor, nn
 
 from dschat_kit.config import Pipeline
 from dschat_kit.engine.engines import frozen_config
 
-__all__ = ["full_state_dict", "gathered", "owned_parts", "sharded_loading"]
+__all__ = ["clear_gradients", "full_state_dict", "gathered", "owned_parts", "sharded_loading"]
 
 
 @contextmanager
@@ -59,6 +59,14 @@ def owned_parts(trained: dict[str, nn.Parameter]) -> dict[str, tuple[Tensor, int
         if part.numel():
             parts[name] = (part, start)
     return parts
+
+
+def clear_gradients(parameters: list[nn.Parameter]) -> None:
+    """Empty the gradient shards of parameters that get none in the first backward pass of the next step: ZeRO-3 would
+    add to what is left of this one."""
+    for parameter in parameters:
+        if hasattr(parameter, "ds_id"):
+            safe_set_local_grad(parameter, torch.zeros(parameter.ds_tensor.numel(), device=parameter.ds_tensor.device))
 
 
 def full_state_dict(module: nn.Module, is_main: bool) -> dict[str, torch.Tensor]:
