@@ -2,7 +2,8 @@
 
 Read the modules in READING_ORDER; every one imports only from those before it.
 
-    sections, data_section, config, presets, machine, runs, metrics   what was asked, the machine, and the run folder
+    sections, data_section, held, config, presets    what was asked
+    machine, feasible, runs, metrics                 the machine, what it cannot, and the run folder
     data/      raw rows -> records -> exact text -> splits -> token rows -> batches
     models/    Hugging Face models: causal, and with a scalar head
     rlhf/      the mathematics, plain torch
@@ -14,15 +15,15 @@ Read the modules in READING_ORDER; every one imports only from those before it.
 """
 
 READING_ORDER = (
-    "sections", "data_section", "config", "presets", "machine", "runs", "metrics",
+    "sections", "data_section", "held", "config", "presets", "machine", "feasible", "runs", "metrics",
     "data.toy", "data.prompts", "data.formats", "data.files", "data.sources", "data.splits", "data.selection",
     "data.tokenizer", "data.store", "data.pipeline", "data.datasets", "data.benchmark",
     "models.loading", "models.scalar_model", "models.lora", "models.fetch",
     "rlhf.experience", "rlhf.rewards", "rlhf.losses", "rlhf.rollout",
-    "engine.ds_config", "engine.engines", "engine.zero", "engine.rollout_types", "engine.decode", "engine.hybrid",
-    "engine.checkpoints",
-    "train.watch", "train.session", "train.rank", "train.sft", "train.reward", "train.prompts", "train.ppo_metrics",
-    "train.ppo",
+    "engine.ds_config", "engine.engines", "engine.zero", "engine.ema", "engine.shared",
+    "engine.rollout_types", "engine.decode", "engine.hybrid", "engine.checkpoints",
+    "train.watch", "train.telemetry", "train.card", "train.session", "train.rank", "train.sft", "train.reward",
+    "train.prompts", "train.ppo_metrics", "train.ppo",
     "chat",
     "notebook.processes", "notebook.lines", "notebook.report", "notebook.launch", "notebook.stage", "notebook.progress",
     "notebook.show", "notebook.tables", "notebook.plots", "notebook.monitor", "notebook.execute",

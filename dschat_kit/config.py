@@ -15,46 +15,12 @@ import typing
 from dataclasses import dataclass, field
 
 from dschat_kit.data_section import Data
+from dschat_kit.held import Lora, Model, Zero
 from dschat_kit.sections import ConfigError, Section, bounded, build, error, parse, unknown
 
 __all__ = ["ConfigError", "Data", "Pipeline", "STAGES"]
 
 STAGES = ("data", "sft", "reward", "ppo", "chat")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model(Section):
-    name: str = "scratch"
-    """A local folder or Hub name of a causal language model, or `scratch`: random weights of the shape below."""
-    architecture: str = bounded("llama", one_of=("llama", "qwen3"))
-    """For `scratch`."""
-    hidden_size: int = bounded(128, least=1)
-    layers: int = bounded(2, least=1)
-    heads: int = bounded(4, least=1)
-    intermediate_size: int = bounded(384, least=1)
-    initializer_range: float = bounded(0.08, above=0)
-    vocab_size: int = bounded(512, least=260, why="256 bytes and the special tokens")
-    """For `scratch`: size of the byte-level BPE that is trained on the SFT rows."""
-    dtype: str = bounded("auto", one_of=("auto", "fp32", "bf16"))
-    """auto is bf16 where the hardware multiplies it, else fp32."""
-    gradient_checkpointing: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.divides("heads", "hidden_size")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lora(Section):
-    rank: int = bounded(0, least=0)
-    """Rank of the adapters on every linear layer; 0 trains all weights."""
-    alpha: float = bounded(32.0, above=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Zero(Section):
-    stage: int = bounded(2, one_of=(0, 1, 2, 3))
-    """ZeRO stage: 0 replicates, 1 shards optimiser states, 2 gradients as well, 3 parameters as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +66,8 @@ class Sft(Training):
 
 @dataclass(frozen=True, kw_only=True)
 class Reward(Training):
+    model: str = ""
+    """Folder or Hub name of another base for reward model and critic (same tokenizer); empty takes the SFT model."""
     scale: bool = False
     """Also divide the scores by their standard deviation on reference responses (the shift to mean 0
     is always made)."""
@@ -134,6 +102,9 @@ class Ppo(Section):
     missing_eos_score: float | None = None
     """Score of a response that did not end within max_new_tokens; null keeps the reward model's."""
     grad_clip: float = bounded(1.0, above=0)
+    ema_decay: float = bounded(0.0, least=0, below=1)
+    """Of the moving average of the actor's weights over optimiser steps, exported to `ema/`; DeepSpeed-Chat's value is
+    0.992, 0 keeps none."""
     eval_prompts: int = bounded(256, least=1)
     """Held-out prompts answered before and after."""
 
@@ -167,6 +138,10 @@ class Telemetry(Section):
     """Generations written to samples.jsonl from each PPO rollout."""
     hang_minutes: float = bounded(30.0, above=0)
     """A rank without progress for so long writes its stack to its log and ends the job."""
+    tensorboard: bool = False
+    """Write the metrics to the stage's tensorboard/ as well, through DeepSpeed's monitor."""
+    csv: bool = False
+    """Likewise one file a metric in csv/."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +158,17 @@ class Pipeline(Section):
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     telemetry: Telemetry = field(default_factory=Telemetry)
     seed: int = bounded(0, least=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.zero.check_user_json(self.model.dtype)
+        if self.lora.share_base and self.zero.offload_optimizer:
+            raise error("zero.offload_optimizer", "true with lora.share_base", "false: the roles' backward passes take "
+                        "turns, which offloading does not follow; adapters have small states",
+                        "--set zero.offload_optimizer=false")
+        if self.lora.share_base and self.reward.model:
+            raise error("reward.model", repr(self.reward.model), "none with lora.share_base: the roles share one model",
+                        "--set lora.share_base=false")
 
     @classmethod
     def from_dict(cls, tree: dict) -> "Pipeline":

@@ -1,13 +1,14 @@
 """What this machine has, found without importing torch: the one place where device, dtype and ranks are decided."""
 
 import dataclasses
+import json
 import os
 import subprocess
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from dschat_kit.config import Pipeline
+from dschat_kit.config import ConfigError, Pipeline
 
 __all__ = ["Machine", "checkout", "detect", "resolve"]
 
@@ -54,16 +55,32 @@ def resolve(pipeline: Pipeline) -> Pipeline:
     """What names stand for here, written out: a run folder says what was done, not what was asked for.
 
     `model.dtype=auto` becomes a dtype; the data alias `hh-helpful` the folder in `$DSCHAT_DATA` or a Hub name; a Hub
-    model that lies in `models/` (of this folder or of the checkout) that folder; relative paths absolute ones.
+    model that lies in `models/` (of this folder or of the checkout) that folder; relative paths absolute ones; the
+    path of a DeepSpeed JSON its text.
     """
-    model, data = pipeline.model, pipeline.data
+    model, data, zero, reward = pipeline.model, pipeline.data, pipeline.zero, pipeline.reward
     dtype = detect().dtype if model.dtype == "auto" else model.dtype
-    places = [Path(model.name), *(folder / "models" / Path(model.name).name for folder in (Path(), checkout()))]
-    name = next((str(place.absolute()) for place in places if (place / "config.json").exists()), model.name)
     sources = ",".join(_source(source) + ("" if weight is None else f":{weight:.12g}")
                        for source, weight in data.weighted_sources())
-    return dataclasses.replace(pipeline, model=dataclasses.replace(model, dtype=dtype, name=name),
-                               data=dataclasses.replace(data, sources=sources, module=_source(data.module)))
+    return dataclasses.replace(pipeline, model=dataclasses.replace(model, dtype=dtype, name=_model(model.name)),
+                               data=dataclasses.replace(data, sources=sources, module=_source(data.module)),
+                               zero=dataclasses.replace(zero, deepspeed=_json_text(zero.deepspeed)),
+                               reward=dataclasses.replace(reward, model=reward.model and _model(reward.model)))
+
+
+def _model(name: str) -> str:
+    places = [Path(name), *(folder / "models" / Path(name).name for folder in (Path(), checkout()))]
+    return next((str(place.absolute()) for place in places if (place / "config.json").exists()), name)
+
+
+def _json_text(path: str) -> str:
+    if not path or path.lstrip().startswith("{"):
+        return path
+    try:
+        return json.dumps(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as problem:
+        raise ConfigError(f"zero.deepspeed: got {path!r}, which is no JSON file: {problem}\n"
+                          "  expected: DeepSpeed's settings\n  change:   --set zero.deepspeed=PATH") from None
 
 
 def _source(name: str) -> str:

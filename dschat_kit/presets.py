@@ -17,6 +17,22 @@ from dschat_kit.config import (
 
 __all__ = ["PRESETS", "get_preset"]
 
+
+def _opt(actor: str, *, ranks: int, stage: int, lora: int, micro: int) -> Pipeline:
+    """An OPT actor with the reward model and critic of 350M that DeepSpeed-Chat pairs with it."""
+    rows, lr = ranks * micro, 1e-4 if lora else 1e-5
+    return Pipeline(
+        data=Data(sources="Dahoas/rm-static,Dahoas/full-hh-rlhf", stage_split="2,4,4"),
+        model=Model(name=actor, gradient_checkpointing=True), lora=Lora(rank=lora, alpha=lora or 32.0),
+        zero=Zero(stage=stage), sampling=Sampling(max_new_tokens=256),
+        sft=Sft(epochs=1, batch_size=4 * rows, micro_batch_size=micro, lr=lr, eval_every=100),
+        reward=Reward(model="facebook/opt-350m", epochs=1, batch_size=4 * rows, micro_batch_size=micro, lr=lr,
+                      eval_every=100),
+        ppo=Ppo(max_steps=500, rollout_batch_size=8 * rows, mini_batch_size=4 * rows, micro_batch_size=micro,
+                lr_actor=lr, lr_critic=lr / 2, ema_decay=0.992),
+        rollout=Rollout(micro_batch_size=8 * micro), checkpoint=Checkpoint(every_steps=100))
+
+
 PRESETS: dict[str, Pipeline] = {
     # The embedded dialogue world and a model from random weights: minutes on two CPU cores.
     "tiny": Pipeline(
@@ -40,6 +56,10 @@ PRESETS: dict[str, Pipeline] = {
         ppo=Ppo(max_steps=12, rollout_batch_size=16, mini_batch_size=8, micro_batch_size=4, lr_actor=1e-4,
                 lr_critic=2e-4, kl_coef=0.05, eval_prompts=32),
         rollout=Rollout(micro_batch_size=8)),
+    # OPT-66B etc. at the sizes of DeepSpeed-Chat's published scripts. Not run: nobody here has had these machines.
+    "opt-1.3b-1gpu": _opt("facebook/opt-1.3b", ranks=1, stage=0, lora=128, micro=8),
+    "opt-13b-8gpu": _opt("facebook/opt-13b", ranks=8, stage=3, lora=0, micro=4),
+    "opt-66b-64gpu": _opt("facebook/opt-66b", ranks=64, stage=3, lora=128, micro=2),
 }
 
 

@@ -55,6 +55,9 @@ def test_a_field_of_text_takes_text_as_it_is(text):
     ("data.sources=", "PATH[:weight]"), ("data.sources=a:0", "weights above 0"),
     ("data.sources=a.jsonl,a.jsonl:2", "each source once"), ("sampling.top_p=0.9", "filtered tokens"),
     ("sampling.temperature=0", "above 0"), ("model.vocab_size=100", "256 bytes"),
+    ("zero.offload_parameters=true", "zero.stage of at least 3"), ("lora.share_base=true", "lora.rank=16"),
+    ("ppo.ema_decay=1", "below 1"), ("model.dtype=fp8", "fp32 | bf16 | fp16"), ("zero.deepspeed=[1]", "no JSON object"),
+    ("zero.deepspeed={1}", "no JSON object"),
 ])
 def test_what_cannot_work_is_refused(text, said):
     assert said in refused(text)
@@ -65,6 +68,16 @@ def test_what_cannot_work_is_refused(text, said):
 def test_a_damaged_file_is_refused(tree, said):
     with pytest.raises(ConfigError, match=said):
         Pipeline.from_dict(tree)
+
+
+@pytest.mark.parametrize("sets, said", [
+    (["zero.stage=0", "zero.offload_optimizer=true"], "zero.stage of at least 1"),
+    (["lora.rank=4", "lora.share_base=true", "reward.model=x"], "the roles share one model"),
+    (["lora.rank=4", "lora.share_base=true", "zero.offload_optimizer=true"], "take turns")])
+def test_settings_that_contradict_each_other_are_refused(sets, said):
+    with pytest.raises(ConfigError, match=said) as caught:
+        Pipeline().with_overrides(sets)
+    assert "change:" in str(caught.value)
 
 
 def test_a_section_made_in_python_is_checked_as_well():

@@ -1,12 +1,93 @@
 """DeepSpeed's configuration and the learning rate, without starting a rank."""
 
+import json
+import re
+from pathlib import Path
+
+import deepspeed
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dschat_kit.config import Zero
-from dschat_kit.engine.ds_config import deepspeed_config
-from dschat_kit.engine.engines import learning_rate
+from dschat_kit.config import ConfigError, Model, Pipeline, Zero
+from dschat_kit.engine.ds_config import deepspeed_config, optimizer_device
+from dschat_kit.engine.engines import _adam, learning_rate
+from dschat_kit.presets import PRESETS
+
+GOLDEN = Path(__file__).parent / "golden" / "ds_config.json"
+CASES = {"zero0-fp32": (Zero(stage=0), "fp32"), "zero1-bf16": (Zero(stage=1), "bf16"),
+         "zero2-fp16": (Zero(stage=2), "fp16"), "zero2-offload": (Zero(stage=2, offload_optimizer=True), "fp32"),
+         "zero3-fp32": (Zero(stage=3), "fp32"),
+         "zero3-offload": (Zero(stage=3, offload_optimizer=True, offload_parameters=True), "bf16"),
+         "zero3-own-json": (Zero(stage=3, deepspeed=json.dumps({
+             "zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8, "zero_quantized_weights": True,
+                                   "reduce_bucket_size": 1000, "offload_optimizer": {"device": "nvme",
+                                                                                     "nvme_path": "/nvme"}},
+             "train_batch_size": "auto", "bf16": {"enabled": "auto"}, "communication_data_type": "fp32"})), "bf16")}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_configuration_is_the_golden_one(name):
+    """To accept a change on purpose, write the new text into tests/golden/ds_config.json."""
+    zero, dtype = CASES[name]
+    found = deepspeed_config(zero, dtype, micro_batch_size=4, accumulation=3, grad_clip=1.5)
+    assert found == json.loads(GOLDEN.read_text())[name], json.dumps(found, indent=1)
+
+
+@pytest.mark.parametrize("tree, said", [
+    ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage 2, which zero.stage decides"),
+    ({"train_batch_size": 8}, "train_batch_size 8, which STAGE.batch_size decides"),
+    ({"fp16": {"enabled": True}, "optimizer": {"type": "Lion"}}, 'optimizer {"type": "Lion"}, which STAGE.lr'),
+    ({"gradient_clipping": 3.0, "scheduler": {}}, "gradient_clipping 3.0")])
+def test_a_json_that_contradicts_a_setting_is_refused_by_name(tree, said):
+    with pytest.raises(ConfigError, match="zero.deepspeed") as caught:
+        Pipeline(zero=Zero(stage=3, deepspeed=json.dumps(tree)), model=Model(dtype="fp32"))
+    assert said in str(caught.value) and "expected:" in str(caught.value) and "change:" in str(caught.value)
+
+
+def test_optimizer_states_are_where_the_merged_configuration_says():
+    for name, place in (("zero0-fp32", "none"), ("zero2-offload", "cpu"), ("zero3-own-json", "nvme")):
+        zero, dtype = CASES[name]
+        assert optimizer_device(deepspeed_config(zero, dtype, micro_batch_size=1, accumulation=1, grad_clip=1)) == place
+
+
+@pytest.mark.parametrize("gpu, config, kind", [
+    (False, {}, None), (True, {}, "FusedAdam"), (False, {"offload_optimizer": {"device": "cpu"}}, "DeepSpeedCPUAdam"),
+    (True, {"offload_optimizer": {"device": "nvme"}}, "DeepSpeedCPUAdam")])
+@pytest.mark.parametrize("builds", [True, False])
+def test_the_log_says_which_adam(monkeypatch, capsys, gpu, config, kind, builds):
+    made = []
+
+    def build(groups, **how):
+        if not builds:
+            raise RuntimeError("no compiler\nand more")
+        made.append(torch.optim.AdamW(groups, **how))
+        return made[0]
+    for name in ("FusedAdam", "DeepSpeedCPUAdam"):
+        other = build if name == kind else (lambda *_, **__: pytest.fail("the wrong Adam"))
+        monkeypatch.setattr(deepspeed.ops.adam, name, other)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    weights = [{"params": [torch.nn.Parameter(torch.ones(2))]}]
+    found, said = _adam(weights, {"zero_optimization": config}, lr=0.1, eps=1e-5, weight_decay=0.1), capsys.readouterr()
+    assert (found in made) == (builds and kind is not None) and found.defaults["betas"] == (0.9, 0.95)
+    reason = "" if builds or not kind else f", since {kind} cannot be built: no compiler"
+    assert said.out == f"optimizer: {kind if builds and kind else 'torch AdamW'}{reason}\n"
+
+
+@pytest.mark.parametrize("name, ranks", [(name, int(found[1])) for name in PRESETS
+                                         if (found := re.search(r"-(\d+)gpu$", name))])
+def test_larger_presets_build_and_divide_on_their_ranks(name, ranks):
+    from deepspeed.runtime.config import DeepSpeedConfig
+    pipeline = PRESETS[name]
+    for stage in ("sft", "reward", "ppo"):
+        pipeline.check_ranks(stage, ranks)
+        settings = getattr(pipeline, stage)
+        size = getattr(settings, "mini_batch_size", 0) or settings.batch_size
+        accumulation = size // (settings.micro_batch_size * ranks)
+        found = deepspeed_config(pipeline.zero, "bf16", micro_batch_size=settings.micro_batch_size,
+                                 accumulation=accumulation, grad_clip=settings.grad_clip)
+        assert DeepSpeedConfig(found).train_batch_size * ranks == size
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

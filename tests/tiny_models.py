@@ -16,7 +16,16 @@ SHAPES = {
     "opt": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, max_position_embeddings=128,
                 word_embed_proj_dim=32),
     "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=128),
+    "bloom": dict(hidden_size=32, n_layer=2, n_head=4),
+    "gpt_neox": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+                     max_position_embeddings=128),
 }
+GATED = dict(SHAPES["llama"], head_dim=8)
+SHAPES |= dict.fromkeys(("qwen2", "qwen3", "mistral", "gemma"), GATED) | {
+    "gemma2": GATED, "gemma3_text": GATED | dict(layer_types=["sliding_attention", "full_attention"]),
+    "qwen3_moe": GATED | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    "mixtral": GATED | dict(num_local_experts=4)}
+FAMILIES = ("opt", "bloom", "gpt_neox", "gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma")
 
 
 def tokenizer():

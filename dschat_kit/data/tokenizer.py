@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dschat_kit.data.sources import DataError
 
-__all__ = ["EOS", "PAD", "encode", "open_tokenizer", "pad_id_of", "train_tokenizer"]
+__all__ = ["EOS", "PAD", "encode", "open_tokenizer", "pad_id_of", "require_same_tokenizer", "train_tokenizer"]
 
 PAD, EOS = "<|pad|>", "<|end|>"
 
@@ -37,6 +37,18 @@ def open_tokenizer(name: str | Path):
         raise DataError(f"the tokenizer of {name} has no EOS token\n  expected: one, which ends every response\n"
                         "  change: set eos_token in its tokenizer_config.json")
     return tokenizer
+
+
+def require_same_tokenizer(actor, reward: str | Path) -> None:
+    """Raises DataError unless the model folder `reward` reads text as the actor's tokenizer does: PPO hands the
+    actor's tokens, not text, to the reward model and the critic."""
+    other = open_tokenizer(reward)
+    ours, theirs = actor.get_vocab(), other.get_vocab()
+    differ = [token for token, number in ours.items() if theirs.get(token) != number]
+    if differ or actor.eos_token_id != other.eos_token_id:
+        raise DataError(f"reward.model: {str(reward)!r} has another tokenizer than the actor ({len(differ)} of "
+                        f"{len(ours)} tokens differ)\n  expected: the same tokens with the same ids and the same EOS: "
+                        "the reward model reads the actor's tokens\n  change:   --set reward.model= (the SFT model)")
 
 
 def pad_id_of(tokenizer) -> int:

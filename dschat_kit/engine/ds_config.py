@@ -2,22 +2,40 @@
 
 from dschat_kit.config import Zero
 
-__all__ = ["deepspeed_config"]
+__all__ = ["deepspeed_config", "optimizer_device"]
 
 BUCKET = 50_000_000
 """Elements that are reduced or gathered at a time; DeepSpeed's default reserves 2 GB for them."""
 
 
 def deepspeed_config(zero: Zero, dtype: str, *, micro_batch_size: int, accumulation: int, grad_clip: float) -> dict:
-    """The dictionary for `deepspeed.initialize`. Losses are already means over the global batch, so nothing is
-    prescaled; the optimiser is handed over (torch AdamW), so nothing has to be compiled."""
+    """The dictionary for `deepspeed.initialize`, the user's own JSON merged over ours. Losses are already means over
+    the global batch, so nothing is prescaled; the optimiser is handed over, so none is named here. Raises ConfigError
+    where the JSON contradicts a typed setting."""
+    zero.check_user_json(dtype)
     optimisation = {"stage": zero.stage}
     if zero.stage:
         optimisation |= {"overlap_comm": False, "contiguous_gradients": True, "reduce_bucket_size": BUCKET,
                          "allgather_bucket_size": BUCKET}
     if zero.stage == 3:
         optimisation |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": BUCKET}
-    return {"train_micro_batch_size_per_gpu": micro_batch_size, "gradient_accumulation_steps": accumulation,
+    if zero.offload_optimizer:
+        optimisation["offload_optimizer"] = {"device": "cpu"}
+    if zero.offload_parameters:
+        optimisation["offload_param"] = {"device": "cpu"}
+    ours = {"train_micro_batch_size_per_gpu": micro_batch_size, "gradient_accumulation_steps": accumulation,
             "gradient_clipping": grad_clip, "zero_optimization": optimisation, "bf16": {"enabled": dtype == "bf16"},
             "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9,
-            "wall_clock_breakdown": False}
+            "wall_clock_breakdown": False} | ({"fp16": {"enabled": True}} if dtype == "fp16" else {})
+    return _merged(ours, zero.user_tree())
+
+
+def optimizer_device(config: dict) -> str:
+    """Where the optimiser's states live: none (beside the shards), cpu or nvme."""
+    return config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+
+
+def _merged(ours: dict, theirs: dict) -> dict:
+    both = {key: _merged(ours[key], value) for key, value in theirs.items()
+            if isinstance(value, dict) and isinstance(ours.get(key), dict)}
+    return {**ours, **theirs, **both}

@@ -4,23 +4,27 @@ import math
 
 import deepspeed
 import torch
+from deepspeed.ops.op_builder.builder import CUDAMismatchException, MissingCUDAException
 from torch import nn
 
 from dschat_kit.config import Pipeline
-from dschat_kit.engine.ds_config import deepspeed_config
+from dschat_kit.engine.ds_config import deepspeed_config, optimizer_device
 
 __all__ = ["build_engine", "freeze", "grad_norm", "learning_rate", "set_learning_rate"]
 
 
 def build_engine(model: nn.Module, pipeline: Pipeline, *, lr: float, batch_size: int, micro_batch_size: int,
-                 world_size: int, grad_clip: float, weight_decay: float = 0.0,
-                 eps: float = 1e-8) -> deepspeed.DeepSpeedEngine:
+                 world_size: int, grad_clip: float, weight_decay: float = 0.0, eps: float = 1e-8,
+                 groups: list[list[nn.Parameter]] | None = None) -> deepspeed.DeepSpeedEngine:
     """A training engine of the weights that require gradients; one optimiser step is batch_size rows over all ranks,
-    micro_batch_size at a time on each."""
+    micro_batch_size at a time on each. `groups` share the engine: each has its own backward pass of a micro batch and
+    its own learning rate. The log says which Adam it has."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=weight_decay, fused=True)
+    accumulation = batch_size // (micro_batch_size * world_size) * len(groups or [parameters])
     config = deepspeed_config(pipeline.zero, pipeline.model.dtype, micro_batch_size=micro_batch_size,
-                              accumulation=batch_size // (micro_batch_size * world_size), grad_clip=grad_clip)
+                              accumulation=accumulation, grad_clip=grad_clip)
+    optimizer = _adam([{"params": group} for group in groups or [parameters]], config, lr=lr, eps=eps,
+                      weight_decay=weight_decay)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=parameters, config=config)
     if engine.zero_optimization_stage() == 0 and pipeline.model.dtype == "fp32":
         def clip() -> None:  # as DeepSpeed's own in this case, which forgets the norm
@@ -29,15 +33,35 @@ def build_engine(model: nn.Module, pipeline: Pipeline, *, lr: float, batch_size:
     return engine
 
 
+def _adam(groups: list[dict], config: dict, **how) -> torch.optim.Optimizer:
+    """AdamW: DeepSpeed's CPU kernel for offloaded states and its fused one on a GPU where they build, else torch's."""
+    how["betas"], name, reason = (0.9, 0.95), "torch AdamW", ""
+    on_gpu = "FusedAdam" if torch.cuda.is_available() else ""
+    kind = "DeepSpeedCPUAdam" if optimizer_device(config) != "none" else on_gpu
+    try:
+        made, name = (getattr(deepspeed.ops.adam, kind)(groups, **how), kind) if kind else (None, name)
+    except (RuntimeError, ImportError, OSError, MissingCUDAException, CUDAMismatchException) as error:
+        made, reason = None, f", since {kind} cannot be built: {(str(error) or type(error).__name__).splitlines()[0]}"
+    print(f"optimizer: {name}{reason}", flush=True)
+    return made or torch.optim.AdamW(groups, fused=True, **how)
+
+
 def freeze(model: nn.Module, pipeline: Pipeline, device: torch.device) -> nn.Module:
     """A model that is only read. Under ZeRO-3 it is sharded like the trained ones; below, it stays a plain module."""
     model.requires_grad_(False).eval()
     if pipeline.zero.stage < 3:
         return model.to(device)
-    config = deepspeed_config(pipeline.zero, pipeline.model.dtype, micro_batch_size=1, accumulation=1, grad_clip=1.0)
+    config = frozen_config(pipeline)
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
     return engine
+
+
+def frozen_config(pipeline: Pipeline) -> dict:
+    """DeepSpeed's configuration of a model that is only read or just loaded."""
+    config = deepspeed_config(pipeline.zero, pipeline.model.dtype, micro_batch_size=1, accumulation=1, grad_clip=1.0)
+    config["zero_optimization"].pop("offload_optimizer", None)
+    return config
 
 
 def grad_norm(engine: deepspeed.DeepSpeedEngine) -> float:

@@ -6,6 +6,7 @@ Shapes: B sequences, T prompt + response, A response tokens, V vocabulary.
 import inspect
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from dschat_kit.runs import RunError
 __all__ = ["DTYPES", "accepts", "can_pack", "check_length", "load_causal_lm", "load_config", "load_pretrained",
            "model_inputs", "quiet_loading", "response_logits", "save_folder"]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CAUSAL = ("ForCausalLM", "LMHeadModel")
 
 
@@ -151,14 +152,17 @@ def response_logits(model: nn.Module, sequences: Tensor, attention_mask: Tensor,
     return logits[:, -response_length - 1:-1]
 
 
-def save_folder(model: nn.Module, tokenizer, folder: Path, state_dict: dict | None = None) -> None:
-    """Write a Hugging Face folder (safetensors, tokenizer) under a temporary name, then rename it into place."""
+def save_folder(model: nn.Module, tokenizer, folder: Path, state_dict: dict | None = None,
+                beside: Callable[[Path], None] = lambda folder: None) -> None:
+    """Write a Hugging Face folder (safetensors, tokenizer, what `beside` adds) under a temporary name, then rename it
+    into place."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with quiet_loading():
             model.save_pretrained(temporary, state_dict=state_dict)
         tokenizer.save_pretrained(temporary)
+        beside(temporary)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)

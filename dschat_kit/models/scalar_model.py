@@ -4,6 +4,7 @@ It is transformers' own sequence classifier inside, so that an exported reward m
 score = (logit - config.score_shift) * config.score_scale.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from dschat_kit.config import ConfigError, Model
 from dschat_kit.models.loading import load_config, load_pretrained, model_inputs
 
-__all__ = ["ScalarModel", "last_token", "load_scalar_model", "response_values"]
+__all__ = ["ScalarModel", "last_token", "load_scalar_model", "response_values", "scalars"]
 
 
 def last_token(values: Tensor, attention_mask: Tensor) -> Tensor:
@@ -20,6 +21,12 @@ def last_token(values: Tensor, attention_mask: Tensor) -> Tensor:
     positions = torch.arange(attention_mask.shape[1], device=values.device).expand_as(attention_mask)
     last = positions.masked_fill(~attention_mask, -1).amax(1)
     return values.gather(1, last.clamp(min=0)[:, None]).squeeze(1)
+
+
+def scalars(backbone: nn.Module, head: nn.Module, sequences: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B, T) fp32: the head at every position of the backbone's last hidden states."""
+    hidden = backbone(**model_inputs(backbone, sequences, attention_mask), use_cache=False).last_hidden_state
+    return head(hidden).squeeze(-1).float()
 
 
 class ScalarModel(nn.Module):
@@ -34,8 +41,7 @@ class ScalarModel(nn.Module):
     def forward(self, sequences: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, T) fp32 scalars; the one at the last real token is the score of a response."""
         backbone = getattr(self.classifier, self.classifier.base_model_prefix)
-        hidden = backbone(**model_inputs(backbone, sequences, attention_mask), use_cache=False).last_hidden_state
-        return (self.classifier.score(hidden).squeeze(-1).float() - self.shift) * self.scale
+        return (scalars(backbone, self.classifier.score, sequences, attention_mask) - self.shift) * self.scale
 
     def normalise(self, shift: float, scale: float) -> None:
         """From now on scores are moved by -shift, then multiplied by scale, on top of what holds already; config.json
@@ -49,9 +55,11 @@ def response_values(critic: nn.Module, sequences: Tensor, attention_mask: Tensor
     return critic(sequences, attention_mask)[:, -response_length - 1:-1]
 
 
-def load_scalar_model(source: str | Path, settings: Model, seed: int, new_head: bool) -> ScalarModel:
+def load_scalar_model(source: str | Path, settings: Model, seed: int, new_head: bool,
+                      gathered=nullcontext) -> ScalarModel:
     """A scalar model from a folder. `new_head` draws the head from N(0, 1/(d+1)) (Stiennon et al. 2020) over any
-    causal model's backbone; otherwise the folder must hold a trained head. Raises ConfigError for another folder."""
+    causal model's backbone; otherwise the folder must hold a trained head. `gathered(weight)` is a context in which a
+    weight that was sharded while loading is whole. Raises ConfigError for another folder."""
     from transformers import AutoModelForSequenceClassification
     expected = "a whole model folder of a family with a sequence classifier in transformers"
     config = load_config(source)
@@ -64,8 +72,8 @@ def load_scalar_model(source: str | Path, settings: Model, seed: int, new_head: 
         raise ConfigError(f"{source}: has no weights for {', '.join(missing[:3]) or 'a head named score'}\n"
                           f"  expected: {expected}\n  change:   --set model.name=PATH")
     if new_head:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        weight = classifier.score.weight
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), gathered(weight):
             torch.manual_seed(seed)
-            width = classifier.score.weight.shape[1]
-            classifier.score.weight.copy_(torch.randn(1, width) * (width + 1) ** -0.5)
+            weight.copy_(torch.randn(weight.shape) * (weight.shape[1] + 1) ** -0.5)
     return ScalarModel(classifier)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dschat_kit.config import STAGES, ConfigError, Pipeline
+from dschat_kit.feasible import refuse
 from dschat_kit.machine import checkout, detect, resolve
 from dschat_kit.presets import get_preset
 from dschat_kit.runs import RunError, StageRun, open_run, prepare_stage, stage_hash
@@ -59,6 +60,7 @@ def check(pipeline: Pipeline, stages: tuple[str, ...], num_gpus: int | None) -> 
                           f"  change:   --num-gpus {machine.default_ranks}")
     for stage in stages:
         pipeline.check_ranks(stage, ranks)
+    refuse(pipeline, machine)
     stage_hash(pipeline, "data")  # reads the local sources
     return ranks
 

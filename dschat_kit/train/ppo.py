@@ -13,8 +13,11 @@ from collections.abc import Iterator
 
 from dschat_kit.data.datasets import TokenRows
 from dschat_kit.data.splits import epoch_order
+from dschat_kit.engine.ema import Ema
 from dschat_kit.engine.engines import build_engine, freeze, grad_norm, learning_rate, set_learning_rate
 from dschat_kit.engine.hybrid import HybridEngine
+from dschat_kit.engine.shared import Role, SharedModel
+from dschat_kit.engine.zero import sharded_loading
 from dschat_kit.models.loading import check_length, load_causal_lm, response_logits
 from dschat_kit.models.lora import add_adapters
 from dschat_kit.models.scalar_model import load_scalar_model, response_values
@@ -22,7 +25,7 @@ from dschat_kit.rlhf.experience import Experience
 from dschat_kit.rlhf.losses import policy_loss, token_logprobs, value_loss
 from dschat_kit.rlhf.rollout import Roles, make_experience, score_responses
 from dschat_kit.runs import open_run
-from dschat_kit.train.ppo_metrics import Clock, add_metrics, rollout_metrics, summary
+from dschat_kit.train.ppo_metrics import Clock, add_metrics, rollout_metrics, summary, work_of
 from dschat_kit.train.prompts import PromptFeed, evaluate, sample_lines, sampling_of
 from dschat_kit.train.rank import main
 from dschat_kit.train.session import Session
@@ -37,7 +40,11 @@ def train(session: Session) -> dict:
     hybrid = HybridEngine(roles.actor, micro_batch_size=pipeline.rollout.micro_batch_size)
     feed = PromptFeed(TokenRows(data, "ppo"), settings.rollout_batch_size, pipeline.seed, pad_id, session)
     held_out = PromptFeed(TokenRows(data, "eval"), settings.eval_prompts, pipeline.seed, pad_id, session, unique=True)
-    state = session.begin(settings.max_steps, {"actor": roles.actor, "critic": roles.critic})
+    ema = Ema(roles.actor, settings.ema_decay) if settings.ema_decay else None
+    kept = {"actor": roles.actor, "critic": roles.critic, "ema": ema}
+    if pipeline.lora.share_base:
+        del kept["critic"]  # the actor's engine holds it
+    state = session.begin(settings.max_steps, {role: engine for role, engine in kept.items() if engine})
     if state is None:
         state = {"before": evaluate(session, hybrid, roles, held_out, sampling, tokenizer, "before"), "tokens": 0,
                  "seconds": dict.fromkeys(("generation", "scoring", "training", "other"), 0.0)}
@@ -60,7 +67,8 @@ def train(session: Session) -> dict:
         clock.lap("scoring")
 
         # 4. Clipped updates in minibatches, reshuffled in each epoch.
-        updates = [update(session, roles, minibatch, sampling.temperature, lrs) for epoch in range(settings.ppo_epochs)
+        updates = [update(session, roles, minibatch, sampling.temperature, lrs, ema)
+                   for epoch in range(settings.ppo_epochs)
                    for minibatch in minibatches(session, experience, step, epoch)]
         clock.lap("training")
 
@@ -69,32 +77,48 @@ def train(session: Session) -> dict:
                                      limit=pipeline.telemetry.rollout_samples))
         clock.lap("other")
         row |= {"kl_coef": settings.kl_coef, "lr_actor": lrs["actor"], "lr_critic": lrs["critic"]}
-        row |= clock.row(session, row["tokens"])
+        row |= clock.row(session, row["tokens"]) | {"matmul_share": session.matmul_share(
+            work_of(roles, batch, settings.ppo_epochs, pipeline.lora.rank > 0), clock.total)}
         session.log(step + 1, row, show=("score_mean", "kl", "response_length", "clip_fraction"))
         state["tokens"] += row["tokens"]
         state["seconds"] = {name: value + row[f"seconds_{name}"] for name, value in state["seconds"].items()}
+        session.keep_memory(clock.memory)
         session.checkpoint(step + 1, state)
 
     after = evaluate(session, hybrid, roles, held_out, sampling, tokenizer, "after")
     session.export(roles.actor.module, tokenizer)
+    if ema:
+        session.export(roles.actor.module, tokenizer, ema.state_dict(), "ema")
     return summary(state["before"], after, state, settings.max_steps)
 
 
 def build_roles(session: Session, tokenizer) -> Roles:
-    """actor and critic as DeepSpeed engines with their optimisers; ref and reward frozen."""
+    """actor and critic as DeepSpeed engines with their optimisers, ref and reward frozen; or all four on one base."""
     pipeline, settings = session.pipeline, session.pipeline.ppo
     sft, reward = open_run(session.root, "sft").model_dir, open_run(session.root, "reward").model_dir
 
-    def trained(model, lr: float):
-        return build_engine(add_adapters(model, pipeline.lora, pipeline.seed), pipeline, lr=lr, eps=1e-5,
-                            batch_size=settings.mini_batch_size, micro_batch_size=settings.micro_batch_size,
-                            world_size=session.world_size, grad_clip=settings.grad_clip)
+    def trained(model, lr: float, **more):
+        return build_engine(model, pipeline, lr=lr, eps=1e-5, batch_size=settings.mini_batch_size,
+                            micro_batch_size=settings.micro_batch_size, world_size=session.world_size,
+                            grad_clip=settings.grad_clip, **more)
 
-    actor, ref = (load_causal_lm(sft, pipeline.model, tokenizer, pipeline.seed) for _ in range(2))
-    critic, scorer = (load_scalar_model(reward, pipeline.model, pipeline.seed, new_head=False) for _ in range(2))
+    def causal():
+        with sharded_loading(pipeline, sft):
+            return load_causal_lm(sft, pipeline.model, tokenizer, pipeline.seed)
+
+    def scalar():
+        with sharded_loading(pipeline, reward):
+            return load_scalar_model(reward, pipeline.model, pipeline.seed, new_head=False)
+
+    actor = causal()
     check_length(actor.config, pipeline.data.max_prompt_tokens + pipeline.sampling.max_new_tokens)
-    return Roles(actor=trained(actor, settings.lr_actor), critic=trained(critic, settings.lr_critic),
-                 ref=freeze(ref, pipeline, session.device), reward=freeze(scorer, pipeline, session.device))
+    if pipeline.lora.share_base:
+        shared = SharedModel(actor, reward, pipeline)
+        engine = trained(shared, settings.lr_actor, groups=[shared.trained("actor"), shared.trained("critic")])
+        return Roles(**{role: Role(engine, role) for role in ("actor", "critic", "ref", "reward")})
+    return Roles(actor=trained(add_adapters(actor, pipeline.lora, pipeline.seed), settings.lr_actor),
+                 critic=trained(add_adapters(scalar(), pipeline.lora, pipeline.seed), settings.lr_critic),
+                 ref=freeze(causal(), pipeline, session.device), reward=freeze(scalar(), pipeline, session.device))
 
 
 def learning_rates(session: Session, step: int) -> dict[str, float]:
@@ -110,8 +134,10 @@ def minibatches(session: Session, experience: Experience, step: int, epoch: int)
     return experience.select(order).split(session.pipeline.ppo.mini_batch_size // session.world_size)
 
 
-def update(session: Session, roles: Roles, minibatch: Experience, temperature: float, lrs: dict[str, float]) -> dict:
-    """One optimiser step of actor and critic on one minibatch; returns its metrics over all ranks."""
+def update(session: Session, roles: Roles, minibatch: Experience, temperature: float, lrs: dict[str, float],
+           ema: Ema | None = None) -> dict:
+    """One optimiser step of actor and critic on one minibatch, and of the moving average; its metrics over all
+    ranks."""
     settings, A = session.pipeline.ppo, minibatch.response_mask.shape[1]
     tokens, = session.sum(minibatch.response_mask.sum())
     set_learning_rate(roles.actor, lrs["actor"])
@@ -128,6 +154,8 @@ def update(session: Session, roles: Roles, minibatch: Experience, temperature: f
                                         settings.value_clip_range, tokens)
         session.backward(roles.critic, critic_loss)
         totals = add_metrics(totals, {**policy, **value})
+    if ema:
+        ema.update()
     ratio_max, = session.largest(totals.pop("ratio_max"))
     row = dict(zip(totals, session.sum(*totals.values()), strict=True))
     return row | {"ratio_max": ratio_max, "grad_norm_actor": grad_norm(roles.actor),

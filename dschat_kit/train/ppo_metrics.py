@@ -1,7 +1,6 @@
 """The line that PPO writes each iteration, and the numbers it ends with: every mean is over the real tokens or
 responses of all ranks."""
 
-import resource
 import time
 
 import torch
@@ -9,16 +8,18 @@ import torch
 from dschat_kit.engine.rollout_types import KitBatch
 from dschat_kit.rlhf.experience import Experience
 from dschat_kit.rlhf.rewards import kl_estimates, masked_moments
-from dschat_kit.rlhf.rollout import Scored
+from dschat_kit.rlhf.rollout import Roles, Scored
+from dschat_kit.train.telemetry import forward_flop, peak_memory_mb
 
-__all__ = ["Clock", "add_metrics", "rollout_metrics", "summary"]
+__all__ = ["Clock", "add_metrics", "rollout_metrics", "summary", "work_of"]
 
 
 class Clock:
-    """Seconds of the parts of an iteration."""
+    """Seconds of the parts of an iteration, and the peak memory of each in MB."""
 
     def __init__(self):
-        self.seconds, self._last = {}, time.perf_counter()
+        self.seconds, self.memory, self._last = {}, {}, time.perf_counter()
+        peak_memory_mb()
 
     def lap(self, name: str) -> None:
         """Everything since the last lap belongs to `name`."""
@@ -26,12 +27,20 @@ class Clock:
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds[name], self._last = now - self._last, now
+        self.memory[name] = peak_memory_mb()
+
+    @property
+    def total(self) -> float:
+        """Seconds of all parts."""
+        return sum(self.seconds.values())
 
     def row(self, session, tokens: float) -> dict:
-        """The metrics of time, as the slowest rank saw them; `tokens` are the response tokens of all ranks."""
+        """The metrics of time and memory, the worst of all ranks; `tokens` are the response tokens of all ranks."""
         seconds = dict(zip(self.seconds, session.largest(*self.seconds.values()), strict=True))
+        memory = dict(zip(self.memory, session.largest(*self.memory.values()), strict=True))
         return {f"seconds_{name}": value for name, value in seconds.items()} | {
-            "tokens_per_second": tokens / sum(seconds.values())}
+            f"memory_mb_{name}": value for name, value in memory.items()} | {
+            "peak_memory_mb": max(memory.values()), "tokens_per_second": tokens / sum(seconds.values())}
 
 
 def add_metrics(totals: dict[str, float], metrics: dict) -> dict[str, float]:
@@ -53,12 +62,10 @@ def rollout_metrics(session, experience: Experience, scored: Scored, batch: KitB
                            masked_moments(experience.returns - experience.values, mask)])
     count, total, squares = session.sum_tensor(moments).unbind(1)
     mean, variance = (total / count).tolist(), (squares / count - (total / count).square()).clamp(min=0).tolist()
-    highest, negated_lowest, memory = session.largest(float(scored.scores.max()), -float(scored.scores.min()),
-                                                      _peak_memory_mb())
+    highest, negated_lowest = session.largest(float(scored.scores.max()), -float(scored.scores.min()))
     row = {"score_mean": mean[0], "score_std": variance[0] ** 0.5, "score_min": -negated_lowest, "score_max": highest,
            "kl": mean[1], "kl_k3": mean[2], "response_length": mean[3], "eos_rate": mean[4], "entropy": mean[5],
-           "explained_variance": 1 - variance[7] / max(variance[6], 1e-12), "peak_memory_mb": memory,
-           "tokens": float(total[3])}
+           "explained_variance": 1 - variance[7] / max(variance[6], 1e-12), "tokens": float(total[3])}
     for name in updates[0]:
         values = [update[name] for update in updates]
         row[name] = max(values) if name == "ratio_max" else sum(values) / len(values)
@@ -66,10 +73,12 @@ def rollout_metrics(session, experience: Experience, scored: Scored, batch: KitB
     return row | {"first_ratio_max": first["ratio_max"], "first_approx_kl": first["approx_kl"]}
 
 
-def _peak_memory_mb() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+def work_of(roles: Roles, batch: KitBatch, ppo_epochs: int, adapters: bool) -> float:
+    """FLOP that an iteration needs on this rank: every answer is generated, scored by ref, critic and reward model, and
+    passed through actor and critic forward and backward in each epoch. The actor's own scoring could be spared."""
+    lengths, answered = batch.attention_mask.sum(1), batch.response_mask.sum(1)
+    causal, scalar = forward_flop(roles.ref, lengths, answered), forward_flop(roles.critic, lengths, 0 * answered)
+    return 2 * causal + 2 * scalar + ppo_epochs * (2 if adapters else 3) * (causal + scalar)
 
 
 def summary(before: dict, after: dict, state: dict, steps: int) -> dict:

@@ -14,13 +14,16 @@ import torch
 
 from dschat_kit.data.datasets import StepSampler, TokenRows, by_length, chunks, preference_batch, rank_share, sft_batch
 from dschat_kit.data.sources import gold_of
+from dschat_kit.data.tokenizer import require_same_tokenizer
 from dschat_kit.engine.engines import build_engine, grad_norm, learning_rate, set_learning_rate
+from dschat_kit.engine.zero import gathered, sharded_loading
 from dschat_kit.models.lora import add_adapters
 from dschat_kit.models.scalar_model import last_token, load_scalar_model
 from dschat_kit.rlhf.losses import preference_loss
 from dschat_kit.runs import open_run
 from dschat_kit.train.rank import main
 from dschat_kit.train.session import Session
+from dschat_kit.train.telemetry import peak_memory_mb
 
 
 def train(session: Session) -> dict:
@@ -28,7 +31,10 @@ def train(session: Session) -> dict:
     pipeline, settings = session.pipeline, session.pipeline.reward
     data, tokenizer, pad_id = session.prepare_data()
     rows, held_out = TokenRows(data, "reward"), TokenRows(data, "eval")
-    model = load_scalar_model(open_run(session.root, "sft").model_dir, pipeline.model, pipeline.seed, new_head=True)
+    source = settings.model or open_run(session.root, "sft").model_dir
+    require_same_tokenizer(tokenizer, source)
+    with sharded_loading(pipeline, source):
+        model = load_scalar_model(source, pipeline.model, pipeline.seed, new_head=True, gathered=gathered)
     engine = build_engine(add_adapters(model, pipeline.lora, pipeline.seed), pipeline, lr=settings.lr,
                           batch_size=settings.batch_size, micro_batch_size=settings.micro_batch_size,
                           world_size=session.world_size, grad_clip=settings.grad_clip,
@@ -50,10 +56,15 @@ def train(session: Session) -> dict:
             session.backward(engine, part)
             sums = {name: value + metrics[name] for name, value in sums.items()}
         row = dict(zip(sums, session.sum(*sums.values()), strict=True))
-        row |= {"lr": lr, "grad_norm": grad_norm(engine), "seconds": time.perf_counter() - clock}
+        seconds, sides = time.perf_counter() - clock, ("chosen_ids", "rejected_ids")
+        lengths = [(len(r["prompt_ids"]) + len(r[side]), 0) for r in mine for side in sides]
+        tokens_read, = session.sum(sum(length for length, _ in lengths))
+        row |= {"lr": lr, "grad_norm": grad_norm(engine), "seconds": seconds,
+                "tokens_per_second": tokens_read / seconds, **session.cost("training", engine, lengths, seconds)}
         if (step + 1) % settings.eval_every == 0 or step + 1 == steps:
             scores = pair_scores(session, engine, held_out, pad_id, limit=settings.eval_rows)
             row["eval_accuracy"] = accuracy_of(scores[:, 0] - scores[:, 1])
+            session.keep_memory({"evaluation": peak_memory_mb()})
         session.log(step + 1, row, show=("loss", "accuracy", "eval_accuracy") if "eval_accuracy" in row else ())
         session.checkpoint(step + 1)
 

@@ -14,10 +14,14 @@ from dschat_kit.data.store import intact
 from dschat_kit.data.tokenizer import pad_id_of
 from dschat_kit.engine.checkpoints import load_checkpoint, save_checkpoint
 from dschat_kit.engine.zero import full_state_dict
+from dschat_kit.feasible import refuse
+from dschat_kit.machine import detect
 from dschat_kit.metrics import JsonlWriter, truncate_after
 from dschat_kit.models.loading import save_folder
-from dschat_kit.models.lora import merge_adapters
+from dschat_kit.models.lora import merge_adapters, save_adapter
 from dschat_kit.runs import RunError, StageRun, open_run, prepare_stage, write_json
+from dschat_kit.train.card import model_card
+from dschat_kit.train.telemetry import Mirror, forward_flop, matmul_peak, peak_memory_mb
 from dschat_kit.train.watch import Stopped, Watch
 
 __all__ = ["Session"]
@@ -34,9 +38,11 @@ class Session:
         self.is_main = self.rank == 0
         self.device = torch.device(deepspeed.get_accelerator().current_device_name())
         self.first_step, self.resumed_from = 0, list(run.status.get("resumed_from", [])) if resume else []
-        self._metrics = self._samples = None
+        self._metrics = self._samples = self._mirror = None
+        self.memory: dict[str, float] = {}
         self._told, self._saved = 0.0, time.monotonic()
         self.pipeline.check_ranks(run.stage, self.world_size)
+        refuse(self.pipeline, detect())
 
     def begin(self, total: int, engines: dict) -> dict | None:
         """Open the metrics files for `total` steps of `engines`. When resuming, load the newest checkpoint and return
@@ -54,6 +60,7 @@ class Session:
         if self.is_main:
             for path in (self.run.metrics_path, self.run.samples_path):
                 truncate_after(path, self.first_step)  # all lines when there is no checkpoint
+            self._mirror = Mirror(self.run, self.pipeline.telemetry)
             self._metrics, self._samples = JsonlWriter(self.run.metrics_path), JsonlWriter(self.run.samples_path)
             self.run.update_status(state="running", step=self.first_step, total=total, resumed_from=self.resumed_from)
         return loaded["state"] if loaded else None
@@ -101,11 +108,30 @@ class Session:
                            f"checkpoints are kept in {self.run.checkpoints}")
         if self.is_main:
             self._metrics.write({"step": step, **row})
+            self._mirror.write({"step": step, **row})
             if step == self.total or time.monotonic() - self._told > 0.5:  # an fsync costs more than a small step
                 self.run.update_status(state="running", step=step, total=self.total)
                 self._told = time.monotonic()
             if show:
                 self.say(f"step {step}/{self.total}  " + "  ".join(f"{name} {row[name]:.4g}" for name in show))
+
+    def keep_memory(self, peaks: dict[str, float]) -> None:
+        """Remember the highest peak (MB) of each phase for result.json."""
+        self.memory |= {phase: max(peak, self.memory.get(phase, 0.0)) for phase, peak in peaks.items()}
+
+    def matmul_share(self, flop: float, seconds: float) -> float:
+        """Share of the matmul peak that all ranks reach together, with `flop` of this rank in its `seconds`."""
+        done, possible = self.sum(flop, matmul_peak(self.pipeline.model.dtype, self.device) * seconds)
+        return done / possible
+
+    def cost(self, phase: str, engine, lengths: list[tuple[int, int]], seconds: float) -> dict[str, float]:
+        """Metrics of one training step over rows of (tokens, answered tokens): memory and share of the matmul peak."""
+        tokens, answered = torch.tensor(lengths).unbind(1)
+        passes = 2 if self.pipeline.lora.rank else 3
+        share = self.matmul_share(passes * forward_flop(engine, tokens, answered), seconds)
+        peak, = self.largest(peak_memory_mb())
+        self.keep_memory({phase: peak})
+        return {"matmul_share": share, "peak_memory_mb": peak}
 
     def samples(self, rows: list[dict]) -> None:
         """Lines of samples.jsonl (main rank's rows only)."""
@@ -131,18 +157,30 @@ class Session:
             raise Stopped(f"{self.watch.asked or 'a signal to another rank'}: asked to end, saved after step {step}")
         self.watch.can_save = step < self.total
 
-    def export(self, model, tokenizer) -> None:
-        """The stage's Hugging Face folder `model/`, adapters merged; every rank has to call it."""
+    def export(self, model, tokenizer, trained: dict | None = None, name: str = "model") -> None:
+        """The stage's Hugging Face folder `name`/, adapters merged and beside it as `adapter/`; every rank has to call
+        it. `trained` (main rank) replaces weights of that name."""
         state = full_state_dict(model, self.is_main)
         if self.is_main:
-            save_folder(model, tokenizer, self.run.model_dir, merge_adapters(model, state))
+            state |= {key: value.to(state[key].dtype) for key, value in (trained or {}).items()}
+            base = self.pipeline.model.name if self.run.stage == "sft" else open_run(self.root, "sft").model_dir
+
+            def beside(folder) -> None:
+                if self.pipeline.lora.rank:
+                    save_adapter(model, self.pipeline.lora, state, str(base), folder / "adapter")
+            save_folder(model, tokenizer, self.run.path / name, merge_adapters(model, state), beside)
         dist.barrier()
 
     def finish(self, result: dict) -> None:
-        """Write result.json and the final status."""
+        """Write result.json, the model cards and the final status."""
+        result["memory_mb"] = dict(zip(self.memory, self.largest(*self.memory.values()), strict=True))
         if self.is_main:
             common = {"config_hash": self.run.config["config_hash"], "seed": self.pipeline.seed,
                       "world_size": self.world_size, "resumed_from": self.resumed_from, "versions": _versions()}
+            for name, what in (("model", ""), ("ema", ", moving average of the weights")):
+                if (self.run.path / name).exists():
+                    card = model_card(self.run, {**result, **common}, what)
+                    (self.run.path / name / "README.md").write_text(card, encoding="utf-8")
             write_json(self.run.path / "result.json", {**result, **common})
             self.run.update_status(state="finished", step=self.total, total=self.total, error=None)
         dist.barrier()

@@ -14,11 +14,13 @@ import torch
 
 from dschat_kit.data.datasets import StepSampler, TokenRows, by_length, chunks, packed_sft_batch, rank_share, sft_batch
 from dschat_kit.engine.engines import build_engine, grad_norm, learning_rate, set_learning_rate
+from dschat_kit.engine.zero import sharded_loading
 from dschat_kit.models.loading import can_pack, check_length, load_causal_lm, model_inputs
 from dschat_kit.models.lora import add_adapters
 from dschat_kit.rlhf.losses import sft_loss
 from dschat_kit.train.rank import main
 from dschat_kit.train.session import Session
+from dschat_kit.train.telemetry import peak_memory_mb
 
 
 def train(session: Session) -> dict:
@@ -26,7 +28,8 @@ def train(session: Session) -> dict:
     pipeline, settings = session.pipeline, session.pipeline.sft
     data, tokenizer, pad_id = session.prepare_data()
     rows, held_out = TokenRows(data, "sft"), TokenRows(data, "eval")
-    model = load_causal_lm(pipeline.model.name, pipeline.model, tokenizer, pipeline.seed)
+    with sharded_loading(pipeline, pipeline.model.name):
+        model = load_causal_lm(pipeline.model.name, pipeline.model, tokenizer, pipeline.seed)
     check_length(model.config, pipeline.data.max_prompt_tokens + pipeline.data.max_response_tokens)
     engine = build_engine(add_adapters(model, pipeline.lora, pipeline.seed), pipeline, lr=settings.lr,
                           batch_size=settings.batch_size, micro_batch_size=settings.micro_batch_size,
@@ -60,10 +63,13 @@ def train(session: Session) -> dict:
         loss, = session.sum(loss)
         seconds = time.perf_counter() - clock
         row = {"loss": loss, "lr": lr, "grad_norm": grad_norm(engine),
-               "tokens_per_second": tokens_read / seconds, "seconds": seconds}
+               "tokens_per_second": tokens_read / seconds, "seconds": seconds, **session.cost(
+                   "training", engine, [(len(r["prompt_ids"]) + len(r["chosen_ids"]), len(r["chosen_ids"]))
+                                        for r in mine], seconds)}
         state["tokens"], state["seconds"] = state["tokens"] + tokens_read, state["seconds"] + seconds
         if (step + 1) % settings.eval_every == 0 or step + 1 == steps:
             row["eval_loss"] = state["loss_after"] = evaluate(session, engine, held_out, pad_id)
+            session.keep_memory({"evaluation": peak_memory_mb()})
         session.log(step + 1, row, show=("loss", "eval_loss") if "eval_loss" in row else ())
         session.checkpoint(step + 1, state)
 

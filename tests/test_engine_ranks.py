@@ -1,0 +1,191 @@
+"""The training engine on real ranks: every ZeRO stage and rank count gives the same losses and the same moving average;
+every family passes all three stages; adapters share one base. Many stages go into one launch."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from launching import job, launch
+from peft import PeftModel
+from tiny_models import FAMILIES, SHAPES, folder
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from dschat_kit.metrics import read_metrics
+
+pytestmark = pytest.mark.ranks
+CHAIN = ("sft", "reward", "ppo")
+SHORT = ["data.rows=120", "data.eval_rows=16", "sft.max_steps=2", "reward.max_steps=2", "ppo.mini_batch_size=8",
+         "ppo.micro_batch_size=2"]
+
+
+def replayed(root: Path, zero: int, *sets: str) -> list[dict]:
+    """SFT and reward model of 20 steps each, then 20 PPO updates on one experience."""
+    return [job(root / f"zero{zero}", stage, f"zero.stage={zero}", *sets, replay=stage == "ppo") for stage in CHAIN]
+
+
+def seen(root: Path, zero: int) -> dict[str, list[float]]:
+    place = root / f"zero{zero}"
+    rows = {stage: read_metrics(place / stage / "metrics.jsonl") for stage in ("sft", "reward")}
+    rows["ppo"] = json.loads((place / "ppo" / "replay.json").read_text())["rows"]
+    return {f"{stage} {name}": [row[name] for row in rows[stage]] for stage, name in (
+        ("sft", "loss"), ("reward", "loss"), ("ppo", "policy_loss"), ("ppo", "value_loss"), ("ppo", "grad_norm_actor"),
+        ("sft", "grad_norm"))}
+
+
+def same(one: dict, other: dict) -> None:
+    for name, values in one.items():
+        assert len(values) == len(other[name]) == 20
+        for step, (left, right) in enumerate(zip(values, other[name], strict=True)):
+            assert math.isclose(left, right, rel_tol=1e-5), (name, step, left, right)
+
+
+def average_is_right(root: Path, zero: int) -> None:
+    found = json.loads((root / f"zero{zero}" / "ppo" / "replay.json").read_text())
+    assert found["ema_error"] < 2e-6 and found["ema_distance"] > 1e-3 and found["dtypes"] == ["torch.float32"]
+    assert found["ema_elements"] == found["elements"]  # no part twice, none missing
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """ZeRO-0 on one rank: plain training, which all others are held against."""
+    root = tmp_path_factory.mktemp("alone")
+    launch(root, replayed(root, 0), 1)
+    return root
+
+
+def test_two_ranks_with_zero_2_and_3_give_the_losses_and_the_average_of_one_rank(alone, tmp_path):
+    launch(tmp_path, replayed(tmp_path, 2) + replayed(tmp_path, 3), 2)
+    for zero in (2, 3):
+        same(seen(alone, 0), seen(tmp_path, zero))
+        average_is_right(tmp_path, zero)
+    average_is_right(alone, 0)
+
+
+@pytest.mark.slow
+def test_every_other_zero_stage_gives_them_too(alone, tmp_path):
+    launch(tmp_path / "one", [job for zero in (1, 2, 3) for job in replayed(tmp_path / "one", zero)], 1)
+    launch(tmp_path / "two", [job for zero in (0, 1) for job in replayed(tmp_path / "two", zero)], 2)
+    for place, zero in (("one", 1), ("one", 2), ("one", 3), ("two", 0), ("two", 1)):
+        same(seen(alone, 0), seen(tmp_path / place, zero))
+        average_is_right(tmp_path / place, zero)
+
+
+@pytest.mark.slow
+def test_offloaded_optimisers_and_parameters_and_checkpointing_give_them_too(alone, tmp_path):
+    """With a compiler that fails, so that nothing is built: the log says that torch's AdamW steps in, and why."""
+    sets = ["zero.offload_optimizer=true", "model.gradient_checkpointing=true"]
+    jobs = replayed(tmp_path, 2, *sets) + replayed(tmp_path, 3, *sets, "zero.offload_parameters=true")
+    said = launch(tmp_path, jobs, 2, CXX="false", TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
+    for zero in (2, 3):
+        same(seen(alone, 0), seen(tmp_path, zero))
+        average_is_right(tmp_path, zero)
+    assert all("optimizer: torch AdamW, since DeepSpeedCPUAdam cannot be built: " in text for text in said)
+
+
+@pytest.mark.slow
+def test_every_family_passes_all_three_stages_sharded(tmp_path):
+    families = [*FAMILIES, *sorted(set(SHAPES) - set(FAMILIES))]
+    models = {family: folder(tmp_path / "models" / family, family) for family in families}
+    launch(tmp_path, [job(tmp_path / family, stage, f"model.name={models[family]}", "zero.stage=3", *SHORT)
+                      for family in families for stage in CHAIN], 2)
+    for family in families:
+        first = read_metrics(tmp_path / family / "ppo" / "metrics.jsonl")[0]
+        assert first["first_ratio_max"] == pytest.approx(1, abs=1e-5) and abs(first["kl"]) < 1e-5, family
+        assert all(row["grad_norm"] > 0 for stage in ("sft", "reward")
+                   for row in read_metrics(tmp_path / family / stage / "metrics.jsonl")), family
+        AutoModelForCausalLM.from_pretrained(tmp_path / family / "ppo" / "model")
+
+
+# -- adapters
+
+LORA = [*SHORT, "lora.rank=4", "ppo.lr_actor=4e-3", "ppo.lr_critic=4e-3", "ppo.grad_clip=1000", "ppo.ema_decay=0.9",
+        "sft.lr=1e-2", "reward.lr=1e-2", "telemetry.csv=true"]
+NAMES = ("score_mean", "kl", "policy_loss", "value_loss", "entropy", "grad_norm_actor", "clip_fraction")
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory) -> Path:
+    """LoRA through the chain of two families, then PPO again upon one shared base."""
+    root = tmp_path_factory.mktemp("adapted")
+    jobs = []
+    for family in ("llama", "gpt2"):
+        sets = [*LORA, f"model.name={folder(root / 'models' / family, family)}", "zero.stage=2"]
+        jobs += [job(root / family, stage, *sets) for stage in CHAIN] + [shared(root, family, "shared2", *sets)]
+    launch(root, jobs, 2)
+    return root
+
+
+def shared(root: Path, family: str, name: str, *sets: str) -> dict:
+    (root / family / name).mkdir(parents=True)
+    for stage in ("data", "sft", "reward"):
+        (root / family / name / stage).symlink_to(root / family / stage)
+    return job(root / family / name, "ppo", *sets, "lora.share_base=true")
+
+
+def first_row(*place) -> dict:
+    return read_metrics(Path(*place) / "ppo" / "metrics.jsonl")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_one_base_gives_what_four_models_give(adapted, family):
+    four, one = first_row(adapted, family), first_row(adapted, family, "shared2")
+    for name in ("score_mean", "score_std", "entropy", "kl", "response_length", "explained_variance"):
+        assert one[name] == pytest.approx(four[name], rel=1e-4, abs=1e-5), name
+    assert one["first_ratio_max"] == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_one_base_gives_the_same_under_every_zero_stage_and_with_checkpointing(adapted):
+    sets = [*LORA, f"model.name={adapted / 'models' / 'llama'}"]
+    jobs = [shared(adapted, "llama", f"shared{zero}", *sets, f"zero.stage={zero}", f"model.gradient_checkpointing={gc}")
+            for zero, gc in ((0, "false"), (1, "true"), (3, "true"))]
+    launch(adapted / "stages", jobs, 2)
+    reference = read_metrics(adapted / "llama" / "shared2" / "ppo" / "metrics.jsonl")
+    for zero in (0, 1, 3):
+        rows = read_metrics(adapted / "llama" / f"shared{zero}" / "ppo" / "metrics.jsonl")
+        for left, right in zip(reference, rows, strict=True):
+            for name in NAMES:
+                assert left[name] == pytest.approx(right[name], rel=1e-3, abs=1e-5), (zero, name)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_merged_model_and_exported_adapter_say_the_same(adapted, family):
+    ids, run = torch.arange(2, 26).view(2, 12), adapted / family
+    base = {"sft": adapted / "models" / family, "reward": run / "sft" / "model", "ppo": run / "sft" / "model"}
+    for stage, name in (("sft", "model"), ("reward", "model"), ("ppo", "model"), ("ppo", "ema")):
+        kind = AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM
+        more = {"num_labels": 1} if stage == "reward" else {}
+        merged = kind.from_pretrained(run / stage / name).eval()(input_ids=ids).logits
+        plain = kind.from_pretrained(base[stage], **more)
+        plain.config.pad_token_id = merged_pad = 0
+        adapter = PeftModel.from_pretrained(plain, run / stage / name / "adapter").eval()(input_ids=ids).logits
+        assert merged_pad == 0 and float((merged - adapter).abs().max() / merged.abs().max()) < 1e-5, (stage, name)
+        if stage != "reward":
+            bare = kind.from_pretrained(base[stage]).eval()(input_ids=ids).logits
+            assert not torch.allclose(bare, merged, atol=1e-4)  # the adapter is not empty
+
+
+# -- what a stage says of itself
+
+@pytest.mark.slow
+def test_csv_files_hold_the_metrics_and_the_card_the_result(adapted):
+    for stage, name in (("sft", "loss"), ("reward", "margin"), ("ppo", "score_mean")):
+        place = adapted / "llama" / stage
+        rows = read_metrics(place / "metrics.jsonl")
+        with open(place / "csv" / f"{name}.csv") as file:
+            step, *lines = csv.reader(file)
+        assert step == ["step", name] and [(int(a), float(b)) for a, b in lines] == [(r["step"], r[name]) for r in rows]
+        assert all(0 < row["matmul_share"] < 1.2 and row["tokens_per_second"] > 0 for row in rows)
+        result = json.loads((place / "result.json").read_text())
+        assert result["memory_mb"] and all(value > 100 for value in result["memory_mb"].values())
+        card = (place / "model" / "README.md").read_text()
+        assert "| lora.rank" in card.replace("`", "") and "test" in card and f"ZeRO-{2}" in card and "toy" in card
+        assert str(adapted) not in card
+    assert "moving average" in (adapted / "llama" / "ppo" / "ema" / "README.md").read_text()
+    assert {"memory_mb_generation", "memory_mb_scoring", "memory_mb_training"} <= set(first_row(adapted, "llama"))
