@@ -11,16 +11,20 @@ recomputed, so the first ratio is 1).
 
 from collections.abc import Iterator
 
+import numpy as np
+from torch import Tensor, nn
+
+from dschat_kit.config import Ppo
 from dschat_kit.data.datasets import TokenRows
-from dschat_kit.data.splits import epoch_order
 from dschat_kit.engine.engines import build_engine, freeze, grad_norm, learning_rate, set_learning_rate
 from dschat_kit.engine.hybrid import HybridEngine
+from dschat_kit.engine.rollout_types import KitBatch, KitRequest, KitSampling
 from dschat_kit.models.loading import check_length, load_causal_lm, response_logits
 from dschat_kit.models.lora import add_adapters
 from dschat_kit.models.scalar_model import load_scalar_model, response_values
 from dschat_kit.rlhf.experience import Experience
 from dschat_kit.rlhf.losses import policy_loss, token_logprobs, value_loss
-from dschat_kit.rlhf.rollout import Roles, make_experience, score_responses
+from dschat_kit.rlhf.rollout import Roles, Scored, make_experience, score_responses
 from dschat_kit.runs import open_run
 from dschat_kit.train.ppo_metrics import Clock, add_metrics, rollout_metrics, summary
 from dschat_kit.train.prompts import PromptFeed, evaluate, sample_lines, sampling_of
@@ -43,32 +47,14 @@ def train(session: Session) -> dict:
                  "seconds": dict.fromkeys(("generation", "scoring", "training", "other"), 0.0)}
 
     for step in range(session.first_step, settings.max_steps):
-        clock, lrs = Clock(), learning_rates(session, step)
-
-        # 1. The actor answers a batch of prompts.
-        prompts = feed.at(step)
-        batch = hybrid.generate(prompts.request, sampling)
-        clock.lap("generation")
-
-        # 2. All four roles look at the answers.
-        scored = score_responses(roles, batch.input_ids, batch.attention_mask, batch.response_mask.shape[1],
-                                 sampling.temperature, pipeline.rollout.micro_batch_size)
-
-        # 3. Scores less the KL penalty become rewards; rewards and values become advantages and returns.
-        experience = make_experience(batch.input_ids, batch.attention_mask, batch.response_mask, batch.finished, scored,
-                                     settings, session.sum_tensor)
-        clock.lap("scoring")
-
-        # 4. Clipped updates in minibatches, reshuffled in each epoch.
-        updates = [update(session, roles, minibatch, sampling.temperature, lrs) for epoch in range(settings.ppo_epochs)
-                   for minibatch in minibatches(session, experience, step, epoch)]
-        clock.lap("training")
-
+        clock, prompts = Clock(), feed.at(step)
+        batch, scored, experience, updates = iterate(session, roles, hybrid, prompts.request, sampling, step, settings,
+                                                     clock)
         row = rollout_metrics(session, experience, scored, batch, updates)
         session.samples(sample_lines(prompts, batch, scored, tokenizer, "rollout", step + 1,
                                      limit=pipeline.telemetry.rollout_samples))
         clock.lap("other")
-        row |= {"kl_coef": settings.kl_coef, "lr_actor": lrs["actor"], "lr_critic": lrs["critic"]}
+        row |= {"kl_coef": settings.kl_coef, **learning_rates(settings, step)}
         row |= clock.row(session, row["tokens"])
         session.log(step + 1, row, show=("score_mean", "kl", "response_length", "clip_fraction"))
         state["tokens"] += row["tokens"]
@@ -78,6 +64,30 @@ def train(session: Session) -> dict:
     after = evaluate(session, hybrid, roles, held_out, sampling, tokenizer, "after")
     session.export(roles.actor.module, tokenizer)
     return summary(state["before"], after, state, settings.max_steps)
+
+
+def iterate(session: Session, roles: Roles, hybrid: HybridEngine, request: KitRequest, sampling: KitSampling,
+            step: int, settings: Ppo, clock: Clock) -> tuple[KitBatch, Scored, Experience, list[dict]]:
+    """One PPO iteration on a batch of prompts; the last of what it returns are the metrics of each optimiser step."""
+    # 1. The actor answers.
+    batch = hybrid.generate(request, sampling)
+    clock.lap("generation")
+
+    # 2. All four roles look at the answers.
+    scored = score_responses(roles, batch.input_ids, batch.attention_mask, batch.response_mask.shape[1],
+                             sampling.temperature, session.pipeline.rollout.micro_batch_size)
+
+    # 3. Scores less the KL penalty become rewards; rewards and values become advantages and returns.
+    experience = make_experience(batch.input_ids, batch.attention_mask, batch.response_mask, batch.finished, scored,
+                                 settings, session.sum_tensor)
+    clock.lap("scoring")
+
+    # 4. Clipped updates in minibatches, reshuffled in each epoch.
+    lrs = learning_rates(settings, step)
+    updates = [update(session, roles, minibatch, sampling.temperature, lrs) for epoch in range(settings.ppo_epochs)
+               for minibatch in minibatches(session, experience, step, epoch)]
+    clock.lap("training")
+    return batch, scored, experience, updates
 
 
 def build_roles(session: Session, tokenizer) -> Roles:
@@ -97,33 +107,35 @@ def build_roles(session: Session, tokenizer) -> Roles:
                  ref=freeze(ref, pipeline, session.device), reward=freeze(scorer, pipeline, session.device))
 
 
-def learning_rates(session: Session, step: int) -> dict[str, float]:
-    """{"actor", "critic"}: both rise over the warm-up and fall linearly."""
-    settings = session.pipeline.ppo
-    return {role: learning_rate(base, step, settings.max_steps, settings.warmup, settings.min_lr, "linear")
+def learning_rates(settings: Ppo, step: int) -> dict[str, float]:
+    """Both rise over the warm-up and fall linearly."""
+    return {f"lr_{role}": learning_rate(base, step, settings.max_steps, settings.warmup, settings.min_lr, "linear")
             for role, base in (("actor", settings.lr_actor), ("critic", settings.lr_critic))}
 
 
 def minibatches(session: Session, experience: Experience, step: int, epoch: int) -> Iterator[Experience]:
-    """This rank's part of each minibatch, in an order that is new each epoch and a function of (seed, step, epoch)."""
-    order = epoch_order(len(experience), session.pipeline.seed + 1_000_003 * (step + 1), epoch)
-    return experience.select(order).split(session.pipeline.ppo.mini_batch_size // session.world_size)
+    """This rank's rows of each minibatch, reshuffled as a function of (seed, step, epoch).
+
+    Row g of the global batch is on rank g % world_size. A minibatch of M rows takes one of each class modulo M, the
+    classes shuffled on their own: so each rank has its share, and which rows meet depends on no number of ranks.
+    """
+    rank, world = session.rank, session.world_size
+    rows = np.arange(len(experience) * world).reshape(-1, session.pipeline.ppo.mini_batch_size)
+    shuffled = np.random.default_rng([session.pipeline.seed, step + 1, epoch]).permuted(rows, axis=0)
+    for minibatch in shuffled[:, rank::world]:
+        yield experience.select((minibatch - rank) // world)
 
 
 def update(session: Session, roles: Roles, minibatch: Experience, temperature: float, lrs: dict[str, float]) -> dict:
     """One optimiser step of actor and critic on one minibatch; returns its metrics over all ranks."""
-    settings, A = session.pipeline.ppo, minibatch.response_mask.shape[1]
+    settings, totals = session.pipeline.ppo, {}
     tokens, = session.sum(minibatch.response_mask.sum())
-    set_learning_rate(roles.actor, lrs["actor"])
-    set_learning_rate(roles.critic, lrs["critic"])
-    totals = {}
+    set_learning_rate(roles.actor, lrs["lr_actor"])
+    set_learning_rate(roles.critic, lrs["lr_critic"])
     for micro in minibatch.split(settings.micro_batch_size):
-        logits = response_logits(roles.actor, micro.sequences, micro.attention_mask, A)
-        new_logprobs = token_logprobs(logits, micro.responses, temperature)
-        actor_loss, policy = policy_loss(new_logprobs, micro.logprobs, micro.advantages, micro.response_mask,
-                                         settings.clip_range, tokens)
+        actor_loss, policy = actor_objective(roles.actor, micro, settings, temperature, tokens)
         session.backward(roles.actor, actor_loss)
-        new_values = response_values(roles.critic, micro.sequences, micro.attention_mask, A)
+        new_values = response_values(roles.critic, micro.sequences, micro.attention_mask, micro.response_mask.shape[1])
         critic_loss, value = value_loss(new_values, micro.values, micro.returns, micro.response_mask,
                                         settings.value_clip_range, tokens)
         session.backward(roles.critic, critic_loss)
@@ -132,6 +144,14 @@ def update(session: Session, roles: Roles, minibatch: Experience, temperature: f
     row = dict(zip(totals, session.sum(*totals.values()), strict=True))
     return row | {"ratio_max": ratio_max, "grad_norm_actor": grad_norm(roles.actor),
                   "grad_norm_critic": grad_norm(roles.critic)}
+
+
+def actor_objective(actor: nn.Module, micro: Experience, settings: Ppo, temperature: float,
+                    tokens: float) -> tuple[Tensor, dict]:
+    """(policy loss, metrics) of some rows, as parts of means over `tokens`."""
+    logits = response_logits(actor, micro.sequences, micro.attention_mask, micro.response_mask.shape[1])
+    return policy_loss(token_logprobs(logits, micro.responses, temperature), micro.logprobs, micro.advantages,
+                       micro.response_mask, settings.clip_range, tokens)
 
 
 if __name__ == "__main__":
