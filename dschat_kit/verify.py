@@ -118,9 +118,9 @@ def table(folder: Path, seeds: tuple[int, ...] = (0, 1, 2), steps: int = 100) ->
     figure(rows).savefig(folder / "verify.png", dpi=120)
     head = ("world", "beta", "ranks", "least gap", "beta_hat / beta", "gradient error", "ratio error", "seconds")
     lines = ["# PPO against the exact optimum", "", "Written by `dschat verify --table docs/results`.", "",
-             f"{len(rows)} runs of {steps} iterations, {len(seeds)} seeds; median gap closed {middle:.4f}; largest "
-             f"error of the frontier's slope for beta >= 0.5: {max(slopes.values()):.3f}; failed checks: {len(failed)}.", "",
-             *(f"- {text}" for text in failed), "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+             f"{len(rows)} runs of {steps} iterations, {len(seeds)} seeds. Median gap closed: {middle:.4f}. Largest "
+             f"error of the frontier's slope, beta >= 0.5: {max(slopes.values()):.3f}. Failed checks: {len(failed)}.",
+             "", *(f"- {text}" for text in failed), "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, beta, ranks in dict.fromkeys((name_of(row), row["beta"], row["ranks"]) for row in rows):
         some = [row for row in rows if (name_of(row), row["beta"], row["ranks"]) == (name, beta, ranks)]
         least, most = (f(row["beta_hat"] / beta for row in some) for f in (min, max))

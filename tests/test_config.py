@@ -52,7 +52,8 @@ def test_a_field_of_text_takes_text_as_it_is(text):
     ("data.stage_split=2,4", "three positive numbers"), ("data.stage_split=2,0,4", "three positive numbers"),
     ("data.columns=a,b", "three names"), ("data.sources=", "PATH[:weight]"), ("data.sources=a:0", "weights above 0"),
     ("data.sources=a.jsonl,a.jsonl:2", "each source once"), ("sampling.top_p=0.9", "filtered tokens"),
-    ("sampling.temperature=0", "above 0"), ("model.vocab_size=100", "256 bytes"),
+    ("ppo.advantage=rloo", "at least 2 for rloo"), ("ppo.samples_per_prompt=3", "a divisor of ppo.rollout_batch_size"),
+    ("ppo.kl_target=-1", "at least 0"), ("sampling.temperature=0", "above 0"), ("model.vocab_size=100", "256 bytes"),
 ])
 def test_what_cannot_work_is_refused(text, said):
     assert said in refused(text)

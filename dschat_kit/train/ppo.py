@@ -9,25 +9,28 @@ penalty, GAE, whitening over all ranks  4. ppo_epochs passes of clipped updates 
 recomputed, so the first ratio is 1).
 """
 
-from collections.abc import Iterator
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch import Tensor, nn
 
 from dschat_kit.config import Ppo
-from dschat_kit.data.datasets import TokenRows
+from dschat_kit.data.datasets import SequenceBatch, TokenRows
 from dschat_kit.engine.engines import build_engine, freeze, grad_norm, learning_rate, set_learning_rate
 from dschat_kit.engine.hybrid import HybridEngine
 from dschat_kit.engine.rollout_types import KitBatch, KitRequest, KitSampling
-from dschat_kit.models.loading import check_length, load_causal_lm, response_logits
+from dschat_kit.models.loading import check_length, load_causal_lm, model_inputs, response_logits
 from dschat_kit.models.lora import add_adapters
 from dschat_kit.models.scalar_model import load_scalar_model, response_values
 from dschat_kit.rlhf.experience import Experience
-from dschat_kit.rlhf.losses import policy_loss, token_logprobs, value_loss
+from dschat_kit.rlhf.losses import policy_loss, sft_loss, token_logprobs, value_loss
+from dschat_kit.rlhf.rewards import next_kl_coef
 from dschat_kit.rlhf.rollout import Roles, Scored, make_experience, score_responses
 from dschat_kit.runs import open_run
 from dschat_kit.train.ppo_metrics import Clock, add_metrics, rollout_metrics, summary
-from dschat_kit.train.prompts import PromptFeed, evaluate, sample_lines, sampling_of
+from dschat_kit.train.prompts import PromptFeed, TextFeed, evaluate, sample_lines, sampling_of
 from dschat_kit.train.rank import main
 from dschat_kit.train.session import Session
 
@@ -39,17 +42,22 @@ def train(session: Session) -> dict:
     sampling = sampling_of(pipeline, tokenizer, pad_id)
     roles = build_roles(session, tokenizer)
     hybrid = HybridEngine(roles.actor, micro_batch_size=pipeline.rollout.micro_batch_size)
-    feed = PromptFeed(TokenRows(data, "ppo"), settings.rollout_batch_size, pipeline.seed, pad_id, session)
     held_out = PromptFeed(TokenRows(data, "eval"), settings.eval_prompts, pipeline.seed, pad_id, session, unique=True)
-    state = session.begin(settings.max_steps, {"actor": roles.actor, "critic": roles.critic})
+    feed = PromptFeed(TokenRows(data, "ppo"), settings.rollout_batch_size, pipeline.seed, pad_id, session,
+                      samples=settings.samples_per_prompt)
+    texts = TextFeed(TokenRows(data, "sft"), settings, pipeline.seed, pad_id, session) if settings.ptx_coef else None
+    engines = {"actor": roles.actor, "critic": roles.critic}
+    state = session.begin(settings.max_steps, {role: engine for role, engine in engines.items() if engine is not None})
     if state is None:
-        state = {"before": evaluate(session, hybrid, roles, held_out, sampling, tokenizer, "before"), "tokens": 0,
+        before = evaluate(session, hybrid, roles, held_out, sampling, tokenizer, "before")
+        state = {"before": before, "kl_coef": settings.kl_coef, "tokens": 0,
                  "seconds": dict.fromkeys(("generation", "scoring", "training", "other"), 0.0)}
 
     for step in range(session.first_step, settings.max_steps):
         clock, prompts = Clock(), feed.at(step)
+        settings = dataclasses.replace(settings, kl_coef=state["kl_coef"])
         batch, scored, experience, updates = iterate(session, roles, hybrid, prompts.request, sampling, step, settings,
-                                                     clock)
+                                                     clock, texts)
         row = rollout_metrics(session, experience, scored, batch, updates)
         session.samples(sample_lines(prompts, batch, scored, tokenizer, "rollout", step + 1,
                                      limit=pipeline.telemetry.rollout_samples))
@@ -59,6 +67,9 @@ def train(session: Session) -> dict:
         session.log(step + 1, row, show=("score_mean", "kl", "response_length", "clip_fraction"))
         state["tokens"] += row["tokens"]
         state["seconds"] = {name: value + row[f"seconds_{name}"] for name, value in state["seconds"].items()}
+        if settings.kl_target:
+            state["kl_coef"] = next_kl_coef(settings.kl_coef, row["kl"], settings.kl_target, settings.kl_horizon,
+                                            settings.rollout_batch_size)
         session.checkpoint(step + 1, state)
 
     after = evaluate(session, hybrid, roles, held_out, sampling, tokenizer, "after")
@@ -67,7 +78,8 @@ def train(session: Session) -> dict:
 
 
 def iterate(session: Session, roles: Roles, hybrid: HybridEngine, request: KitRequest, sampling: KitSampling,
-            step: int, settings: Ppo, clock: Clock) -> tuple[KitBatch, Scored, Experience, list[dict]]:
+            step: int, settings: Ppo, clock: Clock,
+            texts: TextFeed | None = None) -> tuple[KitBatch, Scored, Experience, list[dict]]:
     """One PPO iteration on a batch of prompts; the last of what it returns are the metrics of each optimiser step."""
     # 1. The actor answers.
     batch = hybrid.generate(request, sampling)
@@ -83,15 +95,16 @@ def iterate(session: Session, roles: Roles, hybrid: HybridEngine, request: KitRe
     clock.lap("scoring")
 
     # 4. Clipped updates in minibatches, reshuffled in each epoch.
+    parts = [part for epoch in range(settings.ppo_epochs) for part in minibatches(session, experience, step, epoch)]
     lrs = learning_rates(settings, step)
-    updates = [update(session, roles, minibatch, sampling.temperature, lrs) for epoch in range(settings.ppo_epochs)
-               for minibatch in minibatches(session, experience, step, epoch)]
+    updates = [update(session, roles, part, settings, sampling.temperature, lrs,
+                      texts.at(step * len(parts) + i) if texts else ()) for i, part in enumerate(parts)]
     clock.lap("training")
     return batch, scored, experience, updates
 
 
 def build_roles(session: Session, tokenizer) -> Roles:
-    """actor and critic as DeepSpeed engines with their optimisers; ref and reward frozen."""
+    """actor and critic as DeepSpeed engines with their optimisers; ref and reward frozen. Only gae needs a critic."""
     pipeline, settings = session.pipeline, session.pipeline.ppo
     sft, reward = open_run(session.root, "sft").model_dir, open_run(session.root, "reward").model_dir
 
@@ -103,7 +116,8 @@ def build_roles(session: Session, tokenizer) -> Roles:
     actor, ref = (load_causal_lm(sft, pipeline.model, tokenizer, pipeline.seed) for _ in range(2))
     critic, scorer = (load_scalar_model(reward, pipeline.model, pipeline.seed, new_head=False) for _ in range(2))
     check_length(actor.config, pipeline.data.max_prompt_tokens + pipeline.sampling.max_new_tokens)
-    return Roles(actor=trained(actor, settings.lr_actor), critic=trained(critic, settings.lr_critic),
+    return Roles(actor=trained(actor, settings.lr_actor),
+                 critic=trained(critic, settings.lr_critic) if settings.advantage == "gae" else None,
                  ref=freeze(ref, pipeline, session.device), reward=freeze(scorer, pipeline, session.device))
 
 
@@ -126,24 +140,33 @@ def minibatches(session: Session, experience: Experience, step: int, epoch: int)
         yield experience.select((minibatch - rank) // world)
 
 
-def update(session: Session, roles: Roles, minibatch: Experience, temperature: float, lrs: dict[str, float]) -> dict:
-    """One optimiser step of actor and critic on one minibatch; returns its metrics over all ranks."""
-    settings, totals = session.pipeline.ppo, {}
-    tokens, = session.sum(minibatch.response_mask.sum())
-    set_learning_rate(roles.actor, lrs["lr_actor"])
-    set_learning_rate(roles.critic, lrs["lr_critic"])
-    for micro in minibatch.split(settings.micro_batch_size):
-        actor_loss, policy = actor_objective(roles.actor, micro, settings, temperature, tokens)
-        session.backward(roles.actor, actor_loss)
-        new_values = response_values(roles.critic, micro.sequences, micro.attention_mask, micro.response_mask.shape[1])
-        critic_loss, value = value_loss(new_values, micro.values, micro.returns, micro.response_mask,
-                                        settings.value_clip_range, tokens)
-        session.backward(roles.critic, critic_loss)
-        totals = add_metrics(totals, {**policy, **value})
+def update(session: Session, roles: Roles, minibatch: Experience, settings: Ppo, temperature: float,
+           lrs: dict[str, float], texts: Sequence[SequenceBatch] = ()) -> dict:
+    """One optimiser step of actor and critic on one minibatch, and of the actor on `texts`, one batch a micro batch;
+    returns its metrics over all ranks."""
+    tokens, text_tokens = session.sum(minibatch.response_mask.sum(), sum(text.response_mask.sum() for text in texts))
+    totals = {}
+    for role in ("actor", "critic"):
+        if (engine := getattr(roles, role)) is not None:
+            set_learning_rate(engine, lrs[f"lr_{role}"])
+    for micro, text in itertools.zip_longest(minibatch.split(settings.micro_batch_size), texts):
+        loss, found = actor_objective(roles.actor, micro, settings, temperature, tokens)
+        if text is not None:
+            logits = roles.actor(**model_inputs(roles.actor, text.sequences, text.attention_mask)).logits
+            ptx_loss, _ = sft_loss(logits, text.sequences, text.response_mask, text_tokens)
+            loss, found["ptx_loss"] = loss + settings.ptx_coef * ptx_loss, ptx_loss.detach()
+        session.backward(roles.actor, loss)
+        if roles.critic is not None:
+            values = response_values(roles.critic, micro.sequences, micro.attention_mask, micro.response_mask.shape[1])
+            loss, more = value_loss(values, micro.values, micro.returns, micro.response_mask,
+                                    settings.value_clip_range, tokens)
+            session.backward(roles.critic, loss)
+            found |= more
+        totals = add_metrics(totals, found)
     ratio_max, = session.largest(totals.pop("ratio_max"))
-    row = dict(zip(totals, session.sum(*totals.values()), strict=True))
-    return row | {"ratio_max": ratio_max, "grad_norm_actor": grad_norm(roles.actor),
-                  "grad_norm_critic": grad_norm(roles.critic)}
+    row = dict(zip(totals, session.sum(*totals.values()), strict=True)) | {"ratio_max": ratio_max}
+    return row | {f"grad_norm_{role}": grad_norm(engine) for role, engine in vars(roles).items()
+                  if role in ("actor", "critic") and engine is not None}
 
 
 def actor_objective(actor: nn.Module, micro: Experience, settings: Ppo, temperature: float,
@@ -151,7 +174,7 @@ def actor_objective(actor: nn.Module, micro: Experience, settings: Ppo, temperat
     """(policy loss, metrics) of some rows, as parts of means over `tokens`."""
     logits = response_logits(actor, micro.sequences, micro.attention_mask, micro.response_mask.shape[1])
     return policy_loss(token_logprobs(logits, micro.responses, temperature), micro.logprobs, micro.advantages,
-                       micro.response_mask, settings.clip_range, tokens)
+                       micro.response_mask, settings.clip_range, tokens, settings.clip_range_high)
 
 
 if __name__ == "__main__":
