@@ -124,6 +124,7 @@ def small_llama(world: World) -> nn.Module:
         model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         model.model.layers[0].self_attn.o_proj.weight.zero_()
+        model.model.embed_tokens.weight.mul_(5)
         model.model.embed_tokens.weight[:, 0], model.lm_head.weight[:, 0] = 4.0, 0.0
         model.lm_head.weight[world.vocab:] = torch.tensor([-40.0] + [0.0] * 31)
     return model
