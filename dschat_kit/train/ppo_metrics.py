@@ -51,14 +51,16 @@ def rollout_metrics(session, experience: Experience, scored: Scored, batch: KitB
                            masked_moments(batch.finished, every),
                            masked_moments(scored.entropy, mask), masked_moments(experience.returns, mask),
                            masked_moments(experience.returns - experience.values, mask),
-                           masked_moments(kl["k2"], every)])
+                           masked_moments(kl["k2"], every), masked_moments(experience.advantages, mask)])
     count, total, squares = session.sum_tensor(moments).unbind(1)
     mean, variance = (total / count).tolist(), (squares / count - (total / count).square()).clamp(min=0).tolist()
-    highest, negated_lowest, memory = session.largest(float(scored.scores.max()), -float(scored.scores.min()),
-                                                      _peak_memory_mb())
+    apart = ((scored.logprobs - batch.logprobs) * mask).abs().max()
+    highest, negated_lowest, memory, apart = session.largest(
+        float(scored.scores.max()), -float(scored.scores.min()), _peak_memory_mb(), float(apart))
     row = {"score_mean": mean[0], "score_std": variance[0] ** 0.5, "score_min": -negated_lowest, "score_max": highest,
            "kl": mean[1], "kl_k2": mean[8], "kl_k3": mean[2], "response_length": mean[3], "eos_rate": mean[4],
-           "entropy": mean[5], "peak_memory_mb": memory, "tokens": float(total[3])}
+           "entropy": mean[5], "advantage_std": variance[9] ** 0.5, "sampler_gap": apart, "peak_memory_mb": memory,
+           "tokens": float(total[3])}
     if "value_loss" in updates[0]:
         row["explained_variance"] = 1 - variance[7] / max(variance[6], 1e-12)
     for name in updates[0]:
