@@ -31,7 +31,9 @@ def plan(kind: str = "bigram", vocab: int | None = None, length: int | None = No
     vocab = vocab or (10 if kind == "bandit" else 4)
     length = length or (1 if kind == "bandit" else 3)
     for name, value, good, expected in (
-            ("--vocab", vocab, vocab >= 2, "at least 2"), ("--prompts", prompts, 1 <= prompts <= 16, "1 to 16"),
+            ("--vocab", vocab, vocab >= 2 and (kind == "bandit" or vocab + prompts < 32),
+             "at least 2, and with --prompts below 32: the model is 32 wide"),
+            ("--prompts", prompts, 1 <= prompts <= 16, "1 to 16"),
             ("--length", length, length == 1 if kind == "bandit" else length >= 1, "1 for the bandit, else at least 1"),
             ("--beta", betas, all(0 < beta < 1e6 for beta in betas), "above 0"),
             ("--seed", seed, seed >= 0, "at least 0"), ("--steps", steps, steps >= 1, "at least 1"),

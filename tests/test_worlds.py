@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dschat_kit.models.scalar_model import last_token
-from dschat_kit.rlhf.worlds import World, WorldReward, reached
+from dschat_kit.rlhf.rewards import kl_estimates
+from dschat_kit.rlhf.worlds import World, WorldReward, best_of_n, reached
 
 worlds = st.builds(World, kind=st.sampled_from(["bigram", "bandit"]), vocab=st.integers(2, 5), length=st.just(1),
                    seed=st.integers(0, 99), eos=st.booleans(), prompts=st.integers(1, 3)) | st.builds(
@@ -67,3 +68,38 @@ def test_an_answer_ends_with_eos_which_belongs_to_it():
     tokens, mask = World(vocab=3, length=2, eos=True).answers
     answers = [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
     assert sorted(answers) == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2], [2]]
+
+
+def test_kl_estimates_have_the_true_kl_as_their_mean_and_only_k2_may_be_a_loss():
+    """Over all answers of a bandit: k1 as a loss has no gradient, k3 has that of the other KL, KL(ref || policy)."""
+    world = World("bandit", 6, 1)
+    theta = torch.randn(6, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+    ref = world.reference[0]
+    logprobs = theta.log_softmax(0)
+
+    def gradient(loss):
+        return torch.autograd.grad(loss, theta, retain_graph=True)[0]
+
+    estimates = kl_estimates(logprobs[:, None], ref[:, None], torch.ones(6, 1).bool())
+    p, kl = logprobs.detach().exp(), (logprobs.exp() * (logprobs - ref)).sum()
+    assert torch.allclose((p * estimates["k1"]).sum(), kl) and torch.allclose((p * estimates["k3"]).sum(), kl)
+    assert abs(float(((p * estimates["k2"]).sum() - kl).detach())) > 0.01
+    assert torch.allclose(gradient((p * estimates["k1"]).sum()), torch.zeros(6).double(), atol=1e-12)
+    assert torch.allclose(gradient((p * estimates["k2"]).sum()), gradient(kl))
+    assert torch.allclose(gradient((p * estimates["k3"]).sum()), gradient((ref.exp() * (ref - logprobs)).sum()))
+    assert not torch.allclose(gradient((p * estimates["k3"]).sum()), gradient(kl), atol=1e-2)
+
+
+@pytest.mark.parametrize("n, bound", [(2, 0.193), (4, 0.636), (16, 1.835), (64, 3.175)])
+def test_best_of_n_stays_under_its_bounds_and_the_frontier(n, bound):
+    """KL <= log n - (n - 1) / n, and it wins against one sample n / (n + 1) of the time where no rewards tie."""
+    assert np.log(n) - (n - 1) / n == pytest.approx(bound, abs=1e-3)
+    world = World("bandit", 50, 1)
+    policy = best_of_n(world, n)
+    found = reached(world, policy, 1.0)
+    assert 0 < found["reached_kl"] <= bound
+    kls, rewards = zip(*world.frontier(), strict=True)
+    assert found["reached_reward"] <= np.interp(found["reached_kl"], kls, rewards) + 1e-3
+    p, q, r = policy[0].exp(), world.reference[0].exp(), world.rewards[0]
+    wins = (p[:, None] * q * ((r[:, None] > r) + 0.5 * (r[:, None] == r))).sum()
+    assert float(wins) == pytest.approx(n / (n + 1), abs=0.03)

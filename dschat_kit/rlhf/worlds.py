@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["World", "WorldReward", "reached"]
+__all__ = ["World", "WorldReward", "best_of_n", "reached"]
 
 
 @dataclass(frozen=True)
@@ -133,3 +133,17 @@ def reached(world: World, logprobs: Tensor, beta: float) -> dict[str, float]:
     spread, moved = mean(centred.square()), mean(centred * (away - mean(away)[:, None]))
     return {name: float(value.mean()) for name, value in figures.items()} | {
         "gap_closed": 1 - float(lost.sum() / first.sum()), "beta_hat": float(spread.sum() / moved.sum())}
+
+
+def best_of_n(world: World, n: int) -> Tensor:
+    """(P, N) log-probabilities of the best of n reference answers: the baseline that needs no training.
+
+    An answer is taken where none of the n is better and one is this: F(r)^n - F(r-)^n, shared by answers that tie. The
+    KL is at most log n - (n - 1) / n (Beirami et al. 2024, 2401.01879).
+    """
+    below = torch.stack([(world.reference.exp() * (world.rewards < world.rewards[:, i:i + 1] - 1e-9)).sum(-1)
+                         for i in range(world.rewards.shape[1])], dim=-1)
+    tied = torch.stack([(world.reference.exp() * ((world.rewards - world.rewards[:, i:i + 1]).abs() <= 1e-9)).sum(-1)
+                        for i in range(world.rewards.shape[1])], dim=-1)
+    chosen = (below + tied).clamp(max=1) ** n - below ** n
+    return (world.reference - tied.log() + chosen.clamp(min=1e-300).log()).log_softmax(-1)

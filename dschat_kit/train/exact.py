@@ -124,8 +124,9 @@ def small_llama(world: World) -> nn.Module:
         model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         model.model.layers[0].self_attn.o_proj.weight.zero_()
+        model.model.layers[0].mlp.down_proj.weight[0] = 0.0
         model.model.embed_tokens.weight.mul_(5)
-        model.model.embed_tokens.weight[:, 0], model.lm_head.weight[:, 0] = 4.0, 0.0
+        model.model.embed_tokens.weight[:, 0], model.lm_head.weight[:, 0] = 5.0, 0.0
         model.lm_head.weight[world.vocab:] = torch.tensor([-40.0] + [0.0] * 31)
     return model
 
@@ -135,8 +136,9 @@ def fit_reference(world: World) -> nn.Module:
     model, rows = small_llama(world), torch.arange(world.vocab + world.prompts)[:, None]
     rows = rows if world.kind == "bigram" else rows[world.vocab:]
     table = world.table[rows[:, 0]]
-    free = [p for name, p in model.named_parameters() if "self_attn" not in name]
-    optimizer = torch.optim.LBFGS(free, max_iter=400, tolerance_grad=1e-7, tolerance_change=0,
+    embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
+    constant = embedding.register_hook(lambda gradient: gradient * (torch.arange(gradient.shape[1]) > 0))
+    optimizer = torch.optim.LBFGS([embedding, head], max_iter=400, tolerance_grad=1e-7, tolerance_change=0,
                                   line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
@@ -147,6 +149,7 @@ def fit_reference(world: World) -> nn.Module:
         return distance
 
     optimizer.step(loss)
+    constant.remove()
     model.zero_grad()
     off = float((world.reference.exp() * (world.reference - answer_logprobs(model, world))).sum(-1).max())
     if not abs(off) < 1e-4:
@@ -187,7 +190,7 @@ def gradient_error(world: World, beta: float, fitted: nn.Module, temperature: fl
         torch.manual_seed(world.seed + 1)
         actor, critic = copy.deepcopy(fitted), scalar_copy(fitted)
         for parameter in [*actor.parameters(), critic.classifier.score.weight]:
-            parameter.data += 0.1 * torch.randn_like(parameter)
+            parameter.data += 0.05 * torch.randn_like(parameter)
     roles = Roles(actor=actor, critic=critic, ref=fitted, reward=WorldReward(world))
     settings = Ppo(kl_coef=beta, gae_lambda=1.0, score_clip=0.0)
     sequences, attention_mask, mask = world.sequences()
