@@ -11,6 +11,7 @@ Read the modules in READING_ORDER; every one imports only from those before it.
     train/     the launched programs, one page a stage
     chat       talk to the result
     notebook/  what a kernel uses: files only, no torch
+    verify     PPO against the exact optimum
     cli        the command `dschat`
 """
 
@@ -19,16 +20,16 @@ READING_ORDER = (
     "data.toy", "data.prompts", "data.formats", "data.files", "data.sources", "data.splits", "data.selection",
     "data.tokenizer", "data.store", "data.pipeline", "data.datasets", "data.benchmark",
     "models.loading", "models.scalar_model", "models.lora", "models.fetch",
-    "rlhf.experience", "rlhf.rewards", "rlhf.losses", "rlhf.rollout",
+    "rlhf.experience", "rlhf.rewards", "rlhf.losses", "rlhf.rollout", "rlhf.worlds",
     "engine.ds_config", "engine.engines", "engine.zero", "engine.ema", "engine.shared",
     "engine.rollout_types", "engine.decode", "engine.hybrid", "engine.checkpoints",
     "train.watch", "train.telemetry", "train.card", "train.session", "train.rank", "train.sft", "train.reward",
-    "train.prompts", "train.ppo_metrics", "train.ppo",
+    "train.prompts", "train.ppo_metrics", "train.ppo", "train.exact",
     "chat",
     "notebook.processes", "notebook.lines", "notebook.report", "notebook.launch", "notebook.stage", "notebook.progress",
     "notebook.show", "notebook.tables", "notebook.plots", "notebook.monitor", "notebook.execute",
     "notebook.diagnosis", "notebook.doctor",
-    "cli",
+    "verify", "cli",
 )
 
 

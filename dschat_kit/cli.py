@@ -66,6 +66,18 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--tokenizer", metavar="PATH", help="a model folder (default: one trained as tiny's is)")
     for kind in kinds.choices.values():
         kind.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    verify = command("verify", _verify, "PPO against the exact optimum of a world that can be enumerated")
+    verify.add_argument("--world", choices=("bandit", "bigram"), default="bigram")
+    for name, kind, text in (("vocab", int, "tokens (default: 4, bandit 10)"), ("length", int, "tokens of an answer"),
+                             ("seed", int, "of the world and of PPO"), ("steps", int, "PPO iterations (default 100)"),
+                             ("prompts", int, "how many (default 1)"), ("ranks", int, "processes (default 1)")):
+        verify.add_argument(f"--{name}", type=kind, metavar="N", help=text)
+    verify.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=0, help="ZeRO stage")
+    verify.add_argument("--beta", type=float, nargs="+", default=[0.5], help="KL coefficients, one run each")
+    verify.add_argument("--eos", action="store_true", help="the last token ends an answer")
+    verify.add_argument("--export", type=Path, metavar="DIR", help="write the last run's policy, with world.json")
+    verify.add_argument("--table", type=Path, metavar="DIR", help="every world, beta and seed instead, into verify.md")
+    verify.add_argument("--json", action="store_true", help="one JSON object on standard output")
     launch = command("launch", None, "prefix of a visible command: logs it, ends every rank with its cell")
     launch.add_argument("rest", nargs="*", metavar="-- deepspeed ...")
     return parser
@@ -136,6 +148,23 @@ def _bench(args) -> int:
     found = bench_data(args.rows, args.tokenizer, report=lambda line: print(line, file=sys.stderr))
     print(json.dumps(found) if args.json else "\n".join(f"{name:26} {value:.4g}" for name, value in found.items()))
     return 0
+
+
+def _verify(args) -> int:
+    from dschat_kit import verify
+    if args.table:
+        failed = verify.table(args.table)
+        print("\n".join(failed) or f"all checks passed; see {args.table / 'verify.md'}")
+        return int(bool(failed))
+    given = {name: getattr(args, name) for name in ("vocab", "length", "seed", "steps", "prompts")}
+    cases = verify.plan(args.world, betas=tuple(args.beta), eos=args.eos,
+                        **{name: value for name, value in given.items() if value is not None})
+    rows = verify.launch_cases(cases, 1 if args.ranks is None else args.ranks, args.zero, args.export)
+    failed = {row["beta"]: verify.failures(row) for row in rows}
+    found = rows[0] if len(rows) == 1 else {"cases": rows}
+    print(json.dumps({**found, "failed": [text for texts in failed.values() for text in texts]}) if args.json else
+          "\n".join(verify.line(row) for row in rows))
+    return int(any(failed.values()))
 
 
 def _doctor(args) -> int:

@@ -93,9 +93,20 @@ class Ppo(Section):
     """Where they end, as a share of the highest."""
     kl_coef: float = bounded(0.1, least=0)
     """Weight of the per-token KL penalty against the SFT policy (beta)."""
+    kl_target: float = bounded(0.0, least=0)
+    """Nats an answer that kl_coef is steered to, by at most a fifth in kl_horizon responses; 0 keeps it fixed."""
+    kl_horizon: int = bounded(10_000, least=1)
+    advantage: str = bounded("gae", one_of=("gae", "rloo", "grpo", "reinforce"))
+    """gae needs a critic; reinforce compares with the batch, rloo and grpo with other answers to the same prompt."""
+    samples_per_prompt: int = bounded(1, least=1)  # 2 or more for rloo and grpo
+    ptx_coef: float = bounded(0.0, least=0)
+    """Weight of the language-model loss on SFT rows in each optimiser step of the actor; 0 is off."""
     gamma: float = bounded(1.0, least=0, most=1)
     gae_lambda: float = bounded(0.95, least=0, most=1)
     clip_range: float = bounded(0.2, above=0)
+    clip_range_high: float = bounded(0.0, least=0)
+    """How far the ratio may rise, where that is not as far as it may fall; 0 is clip_range."""
+    whiten_rewards: bool = False  # without a shift of their mean, which would pay for length
     value_clip_range: float = bounded(0.2, above=0)
     score_clip: float = bounded(5.0, least=0)
     """Scores of the reward model are clipped to +- this value; 0 is off."""
@@ -112,6 +123,9 @@ class Ppo(Section):
         super().__post_init__()
         self.divides("mini_batch_size", "rollout_batch_size")
         self.divides("micro_batch_size", "mini_batch_size")
+        self.divides("samples_per_prompt", "rollout_batch_size")
+        if self.advantage in ("rloo", "grpo") and self.samples_per_prompt < 2:
+            raise error("ppo.samples_per_prompt", repr(self.samples_per_prompt), f"at least 2 for {self.advantage}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +180,9 @@ class Pipeline(Section):
             raise error("zero.offload_optimizer", "true with lora.share_base", "false: the roles' backward passes take "
                         "turns, which offloading does not follow; adapters have small states",
                         "--set zero.offload_optimizer=false")
+        if self.lora.share_base and self.ppo.advantage != "gae":
+            raise error("ppo.advantage", repr(self.ppo.advantage), "gae with lora.share_base, whose critic costs two small "
+                        "matrices a layer", "--set lora.share_base=false")
         if self.lora.share_base and self.reward.model:
             raise error("reward.model", repr(self.reward.model), "none with lora.share_base: the roles share one model",
                         "--set lora.share_base=false")
@@ -197,6 +214,9 @@ class Pipeline(Section):
     def check_ranks(self, stage: str, ranks: int) -> None:
         """Raises ConfigError when a global batch of the stage does not divide into micro batches on so many ranks."""
         settings = getattr(self, stage, None)
+        if stage == "ppo" and self.ppo.rollout_batch_size // self.ppo.samples_per_prompt % ranks:
+            raise error("ppo.samples_per_prompt", repr(self.ppo.samples_per_prompt),
+                        f"a multiple of {ranks} prompts a rollout: all answers to one stay on one rank")
         for name in ("batch_size", "mini_batch_size"):
             size, multiple = getattr(settings, name, 0), ranks * getattr(settings, "micro_batch_size", 1)
             if size % multiple:

@@ -90,8 +90,8 @@ def test_notebook_modules_do_not_import_heavy_ones_later_either():
         if name.startswith("notebook."):
             assert not {other.split(".")[0] for other in imports(TREES[name])} & set(HEAVY), name
             assert not [other for other in reached(name) if other.split(".")[0] not in
-                        ("notebook", "sections", "data_section", "held", "config", "presets", "machine", "feasible", "runs",
-                         "metrics")], name
+                        ("notebook", "sections", "data_section", "held", "config", "presets", "machine", "feasible",
+                         "runs", "metrics")], name
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -102,7 +102,9 @@ def test_old_compile_lock_is_found_with_its_path(tmp_path, monkeypatch):
 
 
 PPO_ROW = {"score_mean": 0.1, "score_std": 1.0, "kl": 0.0, "eos_rate": 0.99, "clip_fraction": 0.05,
-           "first_ratio_max": 1.0, "first_approx_kl": 0.0, "ratio_max": 1.3, "approx_kl": 0.01}
+           "first_ratio_max": 1.0, "first_approx_kl": 0.0, "ratio_max": 1.3, "approx_kl": 0.01, "sampler_gap": 1e-6,
+           "response_length": 20.0, "entropy": 1.5, "explained_variance": 0.4, "advantage_std": 1.0,
+           "grad_norm_actor": 0.6}
 RESULTS = {"data": {"rows": {}}, "sft": {"eval_loss_before": 6.0, "eval_loss_after": 2.0},
            "reward": {"accuracy": 0.71, "accuracy_interval": [0.67, 0.75], "length_baseline_accuracy": 0.55},
            "ppo": {"score_before": 0.0, "score_after": 1.0}, "chat": {}}
@@ -153,6 +155,8 @@ def test_a_sound_run_gets_no_warning(sound):
     ("ppo", "metrics.jsonl", {"first_ratio_max": 1.02}, "ppo first ratio", "fail"),
     ("ppo", "metrics.jsonl", {"kl": 3.0}, "ppo first KL", "fail"),
     ("ppo", "metrics.jsonl", {"kl": -2.0}, "ppo KL", "fail"),
+    ("ppo", "metrics.jsonl", {"sampler_gap": 0.4}, "ppo sampler", "fail"),
+    ("ppo", "metrics.jsonl", {"score_mean": -4.0}, "ppo first scores", "warn"),
     ("ppo", "metrics.jsonl", {"eos_rate": 0.1}, "ppo ends", "warn"),
     ("ppo", "metrics.jsonl", {"score_std": 0.0}, "ppo scores", "fail"),
     ("ppo", "metrics.jsonl", {"clip_fraction": 0.7}, "ppo clipping", "warn"),
@@ -164,6 +168,19 @@ def test_each_planted_fault_is_found(sound, stage, file, change, name, state):
         assert not found
     else:
         assert found[name].state == state and found[name].cure
+
+
+@pytest.mark.parametrize("name, late, state", [
+    ("EOS rate", {"eos_rate": 0.6}, "warn"), ("length", {"response_length": 40.0}, "warn"),
+    ("length", {"response_length": 5.0}, "warn"), ("entropy", {"entropy": 0.1}, "warn"),
+    ("values", {"explained_variance": -0.5}, "warn"), ("advantages", {"advantage_std": 0.0}, "fail"),
+    ("gradients", {"grad_norm_actor": 7.0}, "warn"), ("score scale", {"score_std": 9.0}, "warn"),
+])
+def test_what_goes_wrong_on_the_way_is_found(sound, name, late, state):
+    rows = [json.dumps({"step": step, **PPO_ROW, **(late if step > 6 else {})}) for step in range(1, 9)]
+    (sound / "ppo" / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    found = {check.name: check for check in diagnosis.run_checks(sound) if check.state != "ok"}
+    assert list(found) == [f"ppo {name}"] and found[f"ppo {name}"].state == state and found[f"ppo {name}"].cure
 
 
 def test_rounding_of_bf16_is_no_fault(sound):

@@ -43,6 +43,16 @@ def test_policy_loss_clips_only_what_would_go_too_far():
     assert float(metrics["clip_fraction"]) == 0.5 and float(metrics["ratio_max"]) == pytest.approx(1.5)
 
 
+def test_the_ratio_may_rise_further_than_it_falls():
+    log_ratio = torch.tensor([[1.5, 1.25, 0.5]]).log()
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    loss, metrics = policy_loss(log_ratio, torch.zeros(1, 3), torch.ones(1, 3), mask, 0.2, 3, clip_range_high=0.3)
+    assert float(loss) == pytest.approx(-(1.3 + 1.25 + 0.5) / 3)
+    assert float(metrics["clip_fraction"]) == pytest.approx(1 / 3)
+    _, down = policy_loss(log_ratio, torch.zeros(1, 3), -torch.ones(1, 3), mask, 0.2, 3, clip_range_high=0.3)
+    assert float(down["clip_fraction"]) == pytest.approx(1 / 3)  # only the one that has fallen below 0.8
+
+
 def test_first_minibatch_has_ratio_one_and_the_policy_gradient():
     new = torch.randn(2, 3, requires_grad=True)
     advantages, mask = torch.randn(2, 3), torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()

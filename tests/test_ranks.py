@@ -127,8 +127,8 @@ def close(one: list[dict], other: list[dict], name: str, steps: int) -> None:
 
 PPO_METRICS = """step score_mean score_std score_min score_max kl kl_k3 kl_coef policy_loss value_loss approx_kl
     clip_fraction value_clip_fraction ratio_max entropy explained_variance response_length eos_rate grad_norm_actor
-    grad_norm_critic lr_actor lr_critic seconds_generation seconds_scoring seconds_training seconds_other
-    tokens_per_second peak_memory_mb""".split()
+    kl_k2 sampler_gap advantage_std grad_norm_critic lr_actor lr_critic seconds_generation seconds_scoring
+    seconds_training seconds_other tokens_per_second peak_memory_mb""".split()
 RESULTS = {
     "data": "rows realised_weights overlaps truncated",
     "sft": "eval_loss_before eval_loss_after eval_perplexity steps tokens_per_second seconds",
@@ -249,17 +249,34 @@ def test_one_rank_and_accumulation_give_the_same_reward_model(chain, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_rank_gives_the_same_ppo_where_minibatches_hold_the_same_rows(chain, tmp_path):
-    sets = ["ppo.mini_batch_size=16", "ppo.max_steps=2"]
-    for ranks, name in ((1, "one"), (2, "two")):
+def test_one_rank_gives_the_same_ppo(chain, tmp_path):
+    """Two minibatches, two epochs, other micro batches, text mixed in, kl_coef steered: ranks change nothing."""
+    sets = ["ppo.ppo_epochs=2", "ppo.max_steps=2", "ppo.ptx_coef=0.5", "ppo.kl_target=0.01", "ppo.kl_horizon=100"]
+    for ranks, name, micro in ((1, "one", 8), (2, "two", 2)):
         for stage in ("data", "sft", "reward"):
             shutil.copytree(chain / stage, tmp_path / name / stage)
-        succeed("ppo", tmp_path / name, sets=sets, ranks=ranks)
+        succeed("ppo", tmp_path / name, sets=[*sets, f"ppo.micro_batch_size={micro}"], ranks=ranks)
     one, two = metrics(tmp_path / "one", "ppo"), metrics(tmp_path / "two", "ppo")
-    for name in ("score_mean", "policy_loss", "value_loss", "entropy", "response_length", "kl", "explained_variance",
-                 "grad_norm_actor", "grad_norm_critic"):
-        for left, right in zip(one, two, strict=True):
-            assert left[name] == pytest.approx(right[name], rel=2e-4, abs=1e-5), name
+    for name in ("score_mean", "policy_loss", "value_loss", "ptx_loss", "entropy", "response_length", "kl", "kl_coef",
+                 "explained_variance", "grad_norm_actor", "grad_norm_critic"):
+        assert one[0][name] == pytest.approx(two[0][name], rel=1e-5, abs=1e-5), name
+        assert one[1][name] == pytest.approx(two[1][name], rel=2e-4, abs=1e-5), name
+    assert one[0]["kl_coef"] == 0.1 and one[1]["kl_coef"] == pytest.approx(0.1 * (1 - 0.2 * 16 / 100))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("advantage", ["rloo", "grpo", "reinforce"])
+def test_advantages_without_a_critic(chain, tmp_path, advantage):
+    for stage in ("data", "sft", "reward"):
+        shutil.copytree(chain / stage, tmp_path / stage)
+    sets = [f"ppo.advantage={advantage}", "ppo.samples_per_prompt=4", "ppo.max_steps=2"]
+    succeed("ppo", tmp_path, sets=sets)
+    for row in metrics(tmp_path, "ppo"):
+        assert row["first_ratio_max"] == pytest.approx(1, abs=1e-5) and row["grad_norm_actor"] > 0
+        assert row["advantage_std"] == pytest.approx(1, abs=1e-3) and "value_loss" not in row
+    prompts = [line["prompt"] for line in read_metrics(tmp_path / "ppo" / "samples.jsonl") if line["step"] == 1]
+    assert len(prompts) == 4  # rank 0's first four rows: two prompts, each of the two on this rank asked twice
+    assert prompts[:2] == prompts[2:]
 
 
 # -- what ends badly, and goes on

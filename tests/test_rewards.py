@@ -7,7 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dschat_kit.rlhf.rewards import clip_scores, compute_rewards, gae, kl_estimates, masked_moments, whiten
+from dschat_kit.config import Ppo
+from dschat_kit.rlhf.rewards import (
+    ADVANTAGES,
+    clip_scores,
+    compute_rewards,
+    gae,
+    group_advantages,
+    kl_estimates,
+    masked_moments,
+    next_kl_coef,
+    whiten,
+)
 
 
 def lengths_to_mask(lengths, width):
@@ -108,3 +119,45 @@ def test_kl_estimators_at_true_kl_one_half(name, expected):
 def test_kl_is_summed_over_the_real_tokens_of_a_response():
     logprobs, ref = torch.zeros(1, 3), torch.tensor([[-1.0, 0.5, 40.0]])
     assert kl_estimates(logprobs, ref, lengths_to_mask([2], 3))["k1"].tolist() == [0.5]
+
+
+@pytest.mark.parametrize("kl, expected", [(12.0, 0.151536), (0.0, 0.148464), (6.0, 0.15), (6.6, 0.15 * 1.00512)])
+def test_the_adaptive_controller_reproduces_the_published_numbers(kl, expected):
+    assert next_kl_coef(0.15, kl, target=6.0, horizon=10_000, responses=512) == pytest.approx(expected, abs=1e-9)
+
+
+@given(st.integers(0, 500), st.integers(2, 5), st.integers(1, 4))
+@settings(deadline=None, max_examples=40)
+def test_rloo_compares_with_the_others_and_grpo_with_the_group(seed, samples, prompts):
+    torch.manual_seed(seed)
+    rewards, mask = torch.randn(samples * prompts, 3).double(), lengths_to_mask([3, 1] * 10, 3)[:samples * prompts]
+    totals = (rewards * mask).sum(1)
+    rloo = ADVANTAGES["rloo"](rewards, rewards, mask, Ppo(samples_per_prompt=samples, rollout_batch_size=480))[0]
+    grpo = ADVANTAGES["grpo"](rewards, rewards, mask, Ppo(samples_per_prompt=samples, rollout_batch_size=480))[0]
+    for row in range(samples * prompts):
+        group = totals[row % prompts::prompts]
+        others = (group.sum() - totals[row]) / (samples - 1)
+        assert torch.allclose(rloo[row], (totals[row] - others) * mask[row])
+        assert torch.allclose(grpo[row], (totals[row] - group.mean()) / (group.std(correction=0) + 1e-4) * mask[row])
+
+
+@given(batches())
+@settings(deadline=None, max_examples=40)
+def test_reinforce_is_the_reward_to_go(batch):
+    rewards, values, mask = batch
+    found, returns = ADVANTAGES["reinforce"](rewards, values, mask, Ppo(gae_lambda=0.3))
+    to_go = (rewards * mask).flip(1).cumsum(1).flip(1) * mask
+    assert torch.allclose(found, to_go) and torch.allclose(returns, to_go)
+    gae_found, _ = ADVANTAGES["gae"](rewards, values, mask, Ppo(gae_lambda=0.3))
+    assert torch.equal(gae_found, gae(rewards, values, mask, 1.0, 0.3)[0])
+
+
+@given(batches(), st.floats(0.1, 5.0))
+@settings(deadline=None, max_examples=40)
+def test_a_constant_added_to_the_score_moves_no_group_advantage(batch, constant):
+    rewards, _, mask = batch
+    two, both = torch.cat([rewards, rewards.flip(0)]), torch.cat([mask, mask])
+    more = two + constant * torch.nn.functional.one_hot(both.sum(1) - 1, two.shape[1])
+    for normalise in (False, True):
+        assert torch.allclose(group_advantages(two, both, 2, normalise), group_advantages(more, both, 2, normalise),
+                              atol=1e-6)

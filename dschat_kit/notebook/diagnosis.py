@@ -73,6 +73,13 @@ RULES = {
         ("first KL", "fail", lambda n: abs(n["first"]["kl"]) > 20 * n["slack"],
          "KL {first[kl]:.3f} in the first rollout; 0 is right",
          "actor and ref are not the same model at the start: make ppo anew with --fresh after sft"),
+        ("sampler", "fail", lambda n: n["first"]["sampler_gap"] > max(10 * n["slack"], 0.01),
+         "a sampled token's log-probability is {first[sampler_gap]:.2g} off when it is computed again",
+         "sampling was greedy, filtered or at another temperature than sampling.temperature, or dropout is on"),
+        ("first scores", "warn", lambda n: abs(n["first"]["score_mean"]) > 3 * n["first"]["score_std"],
+         "mean score {first[score_mean]:.2f} of the SFT model's answers, where the reward model's answers have 0",
+         "the score may be read at another token than the last real one (padding side, EOS = pad): compare the "
+         "samples with the reward model's own scores"),
         ("KL", "fail", lambda n: n["last"]["kl"] < -0.5, "KL {last[kl]:.2f}, clearly negative",
          "the samples do not come from the policy that is measured: sampling has to be temperature alone (top_p 1, "
          "top_k 0), and the mask has to end after EOS"),
@@ -80,6 +87,27 @@ RULES = {
          "only {last[eos_rate]:.0%} of the responses end by themselves",
          "a larger sampling.max_new_tokens; or an SFT stage whose rows end in EOS; or ppo.missing_eos_score below the "
          "usual score"),
+        ("EOS rate", "warn", lambda n: n["last"]["eos_rate"] < n["first"]["eos_rate"] - 0.3,
+         "EOS rate {first[eos_rate]:.0%} at first, {last[eos_rate]:.0%} now: it forgets to end",
+         "ppo.missing_eos_score below the usual score; a larger ppo.kl_coef"),
+        ("length", "warn", lambda n: not 0.5 < n["last"]["response_length"] / n["first"]["response_length"] < 1.5,
+         "{first[response_length]:.0f} tokens an answer at first, {last[response_length]:.0f} now",
+         "the reward may pay for length: see 'reward against length', read samples, a larger ppo.kl_coef"),
+        ("entropy", "warn", lambda n: n["last"]["entropy"] < 0.2 * n["first"]["entropy"],
+         "entropy {first[entropy]:.3f} nats a token at first, {last[entropy]:.3f} now: it repeats itself",
+         "a larger ppo.kl_coef, a lower ppo.lr_actor"),
+        ("values", "warn", lambda n: n["last"]["explained_variance"] < 0,
+         "explained variance {last[explained_variance]:.2f}: the critic is worse than a constant",
+         "a higher ppo.lr_critic, a larger ppo.value_clip_range, or ppo.advantage=rloo, which needs no critic"),
+        ("advantages", "fail", lambda n: abs(n["last"]["advantage_std"] - 1) > 0.1,
+         "deviation {last[advantage_std]:.3f} of whitened advantages; 1 is right",
+         "all rewards are the same, or whitening does not see the batch of all ranks"),
+        ("gradients", "warn", lambda n: n["least"]["grad_norm_actor"] > n["pipeline"]["ppo"]["grad_clip"],
+         "every update of the actor is clipped: gradient norm at least {least[grad_norm_actor]:.2f} of late",
+         "a lower ppo.lr_actor or a larger batch; ppo.grad_clip shortens every step"),
+        ("score scale", "warn", lambda n: not 1 / 3 < n["last"]["score_std"] / n["first"]["score_std"] < 3,
+         "deviation of the scores {first[score_std]:.2f} at first, {last[score_std]:.2f} now",
+         "the answers have left what the reward model has seen: a larger ppo.kl_coef, or stop earlier"),
         ("scores", "fail", lambda n: n["last"]["score_std"] < 1e-6, "all responses have the same score",
          "no advantage, no learning: look at reward accuracy, at ppo.score_clip and at the samples"),
         ("clipping", "warn", lambda n: n["last"]["clip_fraction"] > 0.4, "clip_fraction {last[clip_fraction]:.2f}",
@@ -90,8 +118,9 @@ RULES = {
     ),
 }
 """Stage -> faults in its numbers: (name, state, recognised by, found, cure). The numbers are those of result.json,
-`first` and `last` of the metrics (the first step; means over the last quarter, which speaks for how things stand now)
-and `slack`, what rounding may do to a ratio. A rule whose numbers are missing is passed over."""
+`first`, `last` and `least` of the metrics (the first step; means and minima over the last quarter, which speaks for
+how things stand now), `pipeline` and `slack`, what rounding may do to a ratio. A rule whose numbers are missing is
+passed over."""
 
 
 def run_checks(run_root: Path) -> list[Check]:
@@ -150,15 +179,16 @@ def _missing_numbers(stage: str, rows: list[dict]) -> Iterator[Check]:
 
 def _wrong_numbers(run: StageRun, rows: list[dict]) -> Iterator[Check]:
     """The RULES that the numbers of a stage break. Raises RunError for a finished stage without its result.json."""
-    numbers = {**(run.result if run.state == "finished" else {}), "first": {}, "last": {}}
+    numbers = {**(run.result if run.state == "finished" else {}), "first": {}, "last": {}, "least": {}}
     if rows:
         last = rows[-max(1, len(rows) // 4):]
         for name in rows[0]:
             if values := [row[name] for row in last if isinstance(row.get(name), int | float)]:
-                numbers["last"][name] = math.fsum(values) / len(values)
+                numbers["last"][name], numbers["least"][name] = math.fsum(values) / len(values), min(values)
         numbers["first"] = rows[0] if rows[0].get("step") == 1 else {}
-        numbers["slack"] = 1e-3 if run.config["pipeline"]["model"]["dtype"] == "fp32" else 5e-2
+        numbers["pipeline"] = run.config["pipeline"]
+        numbers["slack"] = 1e-3 if numbers["pipeline"]["model"]["dtype"] == "fp32" else 5e-2
     for name, state, wrong, found, cure in RULES.get(run.stage, ()):
-        with suppress(KeyError, TypeError):  # a number that is missing or null
+        with suppress(KeyError, TypeError, ZeroDivisionError):  # a number that is missing, null or 0
             if wrong(numbers):
                 yield Check(name=f"{run.stage} {name}", state=state, found=found.format(**numbers), cure=cure)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-__all__ = ["clip_scores", "compute_rewards", "gae", "kl_estimates", "masked_moments", "whiten"]
+__all__ = ["ADVANTAGES", "clip_scores", "compute_rewards", "gae", "group_advantages", "kl_estimates", "masked_moments",
+           "next_kl_coef", "whiten"]
 
 
 def clip_scores(scores: Tensor, finished: Tensor, clip: float, missing_eos_score: float | None) -> Tensor:
@@ -42,6 +43,35 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages, (advantages + values) * mask
 
 
+def group_advantages(rewards: Tensor, mask: Tensor, samples: int, normalise: bool) -> Tensor:
+    """(B, A): a response's whole reward, its KL penalty included, against the other responses to its prompt.
+
+    Rows b, b + B / samples, b + 2 B / samples, ... answer one prompt. Plain, it is the reward less the mean of the
+    others, RLOO (Ahmadian et al. 2024, 2402.14740); normalised, (reward - mean) / deviation of the group, GRPO (Shao et
+    al. 2024, 2402.03300), whose per-prompt scale changes what each prompt counts.
+    """
+    totals = (rewards * mask).sum(1).view(samples, -1)
+    centred = totals - totals.mean(0)
+    if normalise:
+        centred = centred / (totals.std(0, correction=0) + 1e-4)
+    else:
+        centred = centred * samples / (samples - 1)
+    return centred.view(-1, 1) * mask
+
+
+ADVANTAGES = {
+    "gae": lambda rewards, values, mask, ppo: gae(rewards, values, mask, ppo.gamma, ppo.gae_lambda),
+    "reinforce": lambda rewards, values, mask, ppo: gae(rewards, values * 0, mask, ppo.gamma, 1.0),
+    "rloo": lambda rewards, values, mask, ppo: (
+        group_advantages(rewards, mask, ppo.samples_per_prompt, normalise=False), values * 0),
+    "grpo": lambda rewards, values, mask, ppo: (
+        group_advantages(rewards, mask, ppo.samples_per_prompt, normalise=True), values * 0),
+}
+"""ppo.advantage -> (advantages, returns). All are whitened afterwards: that is reinforce's baseline, the batch's mean.
+The KL stands in the reward, so gae, reinforce and rloo aim at the KL-regularised optimum, grpo too where all prompts
+have one spread of rewards; GRPO as published, with the k3 estimate as a loss, does not (tests/test_verify.py)."""
+
+
 def masked_moments(x: Tensor, mask: Tensor) -> Tensor:
     """(3,) float64: count, sum and sum of squares over the mask. Summed over ranks, they are those of the whole."""
     kept = x[mask].double()
@@ -65,3 +95,10 @@ def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> dict[s
     """
     d = (logprobs - ref_logprobs) * mask
     return {"k1": d.sum(1), "k2": d.square().sum(1) / 2, "k3": ((-d).exp() - 1 + d).sum(1)}
+
+
+def next_kl_coef(kl_coef: float, kl: float, target: float, horizon: int, responses: int) -> float:
+    """kl_coef after a rollout of so many responses with `kl` nats each: up where it is above the target, by at most a
+    fifth in `horizon` responses. Ziegler et al. 2019 (1909.08593), section 2.2."""
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * responses / horizon)

@@ -11,7 +11,7 @@ from dschat_kit.models.loading import response_logits
 from dschat_kit.models.scalar_model import last_token, response_values
 from dschat_kit.rlhf.experience import Experience
 from dschat_kit.rlhf.losses import entropy_of, token_logprobs
-from dschat_kit.rlhf.rewards import clip_scores, compute_rewards, gae, masked_moments, whiten
+from dschat_kit.rlhf.rewards import ADVANTAGES, clip_scores, compute_rewards, masked_moments, whiten
 
 __all__ = ["Roles", "Scored", "make_experience", "score_responses"]
 
@@ -21,8 +21,8 @@ class Roles:
     """The four models of PPO, plain or inside an engine."""
     actor: nn.Module
     """the policy that is trained; starts as the SFT model"""
-    critic: nn.Module
-    """predicts the return before each token, trained; starts as the reward model"""
+    critic: nn.Module | None
+    """predicts the return before each token, trained; starts as the reward model. None where no advantage asks it"""
     ref: nn.Module
     """the frozen SFT model, from which the actor shall not move far"""
     reward: nn.Module
@@ -53,7 +53,8 @@ def score_responses(roles: Roles, sequences: Tensor, attention_mask: Tensor, res
         parts.append(Scored(logprobs=token_logprobs(logits, tokens[:, -A:], temperature),
                             ref_logprobs=token_logprobs(ref_logits, tokens[:, -A:], temperature),
                             entropy=entropy_of(logits, temperature),
-                            values=response_values(roles.critic, tokens, mask, A),
+                            values=response_values(roles.critic, tokens, mask, A) if roles.critic is not None else
+                            torch.zeros(tokens.shape[0], A, device=tokens.device),
                             scores=last_token(roles.reward(tokens, mask), mask)))
     return Scored(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
 
@@ -63,7 +64,10 @@ def make_experience(sequences: Tensor, attention_mask: Tensor, response_mask: Te
     """Rewards, advantages and returns. `global_sum` adds a tensor over ranks: advantages are whitened over all."""
     scores = clip_scores(scored.scores, finished, settings.score_clip, settings.missing_eos_score)
     rewards = compute_rewards(scores, scored.logprobs, scored.ref_logprobs, response_mask, settings.kl_coef)
-    advantages, returns = gae(rewards, scored.values, response_mask, settings.gamma, settings.gae_lambda)
+    if settings.whiten_rewards:
+        moments = global_sum(masked_moments(rewards, response_mask))
+        rewards = whiten(rewards, response_mask, moments, shift_mean=False)
+    advantages, returns = ADVANTAGES[settings.advantage](rewards, scored.values, response_mask, settings)
     moments = global_sum(masked_moments(advantages, response_mask))
     return Experience(sequences=sequences, attention_mask=attention_mask, response_mask=response_mask,
                       logprobs=scored.logprobs, ref_logprobs=scored.ref_logprobs, values=scored.values, scores=scores,

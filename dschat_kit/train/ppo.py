@@ -9,24 +9,31 @@ penalty, GAE, whitening over all ranks  4. ppo_epochs passes of clipped updates 
 recomputed, so the first ratio is 1).
 """
 
-from collections.abc import Iterator
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
 
-from dschat_kit.data.datasets import TokenRows
-from dschat_kit.data.splits import epoch_order
+import numpy as np
+from torch import Tensor, nn
+
+from dschat_kit.config import Ppo
+from dschat_kit.data.datasets import SequenceBatch, TokenRows
 from dschat_kit.engine.ema import Ema
 from dschat_kit.engine.engines import build_engine, freeze, grad_norm, learning_rate, set_learning_rate
 from dschat_kit.engine.hybrid import HybridEngine
+from dschat_kit.engine.rollout_types import KitBatch, KitRequest, KitSampling
 from dschat_kit.engine.shared import Role, SharedModel
 from dschat_kit.engine.zero import sharded_loading
-from dschat_kit.models.loading import check_length, load_causal_lm, response_logits
+from dschat_kit.models.loading import check_length, load_causal_lm, model_inputs, response_logits
 from dschat_kit.models.lora import add_adapters
 from dschat_kit.models.scalar_model import load_scalar_model, response_values
 from dschat_kit.rlhf.experience import Experience
-from dschat_kit.rlhf.losses import policy_loss, token_logprobs, value_loss
-from dschat_kit.rlhf.rollout import Roles, make_experience, score_responses
+from dschat_kit.rlhf.losses import policy_loss, sft_loss, token_logprobs, value_loss
+from dschat_kit.rlhf.rewards import next_kl_coef
+from dschat_kit.rlhf.rollout import Roles, Scored, make_experience, score_responses
 from dschat_kit.runs import open_run
 from dschat_kit.train.ppo_metrics import Clock, add_metrics, rollout_metrics, summary, work_of
-from dschat_kit.train.prompts import PromptFeed, evaluate, sample_lines, sampling_of
+from dschat_kit.train.prompts import PromptFeed, TextFeed, evaluate, sample_lines, sampling_of
 from dschat_kit.train.rank import main
 from dschat_kit.train.session import Session
 
@@ -38,51 +45,39 @@ def train(session: Session) -> dict:
     sampling = sampling_of(pipeline, tokenizer, pad_id)
     roles = build_roles(session, tokenizer)
     hybrid = HybridEngine(roles.actor, micro_batch_size=pipeline.rollout.micro_batch_size)
-    feed = PromptFeed(TokenRows(data, "ppo"), settings.rollout_batch_size, pipeline.seed, pad_id, session)
     held_out = PromptFeed(TokenRows(data, "eval"), settings.eval_prompts, pipeline.seed, pad_id, session, unique=True)
+    feed = PromptFeed(TokenRows(data, "ppo"), settings.rollout_batch_size, pipeline.seed, pad_id, session,
+                      samples=settings.samples_per_prompt)
+    texts = TextFeed(TokenRows(data, "sft"), settings, pipeline.seed, pad_id, session) if settings.ptx_coef else None
     ema = Ema(roles.actor, settings.ema_decay) if settings.ema_decay else None
     kept = {"actor": roles.actor, "critic": roles.critic, "ema": ema}
     if pipeline.lora.share_base:
         del kept["critic"]  # the actor's engine holds it
-    state = session.begin(settings.max_steps, {role: engine for role, engine in kept.items() if engine})
+    state = session.begin(settings.max_steps, {role: engine for role, engine in kept.items() if engine is not None})
     if state is None:
-        state = {"before": evaluate(session, hybrid, roles, held_out, sampling, tokenizer, "before"), "tokens": 0,
+        before = evaluate(session, hybrid, roles, held_out, sampling, tokenizer, "before")
+        state = {"before": before, "kl_coef": settings.kl_coef, "tokens": 0,
                  "seconds": dict.fromkeys(("generation", "scoring", "training", "other"), 0.0)}
 
     for step in range(session.first_step, settings.max_steps):
-        clock, lrs = Clock(), learning_rates(session, step)
-
-        # 1. The actor answers a batch of prompts.
-        prompts = feed.at(step)
-        batch = hybrid.generate(prompts.request, sampling)
-        clock.lap("generation")
-
-        # 2. All four roles look at the answers.
-        scored = score_responses(roles, batch.input_ids, batch.attention_mask, batch.response_mask.shape[1],
-                                 sampling.temperature, pipeline.rollout.micro_batch_size)
-
-        # 3. Scores less the KL penalty become rewards; rewards and values become advantages and returns.
-        experience = make_experience(batch.input_ids, batch.attention_mask, batch.response_mask, batch.finished, scored,
-                                     settings, session.sum_tensor)
-        clock.lap("scoring")
-
-        # 4. Clipped updates in minibatches, reshuffled in each epoch.
-        updates = [update(session, roles, minibatch, sampling.temperature, lrs, ema)
-                   for epoch in range(settings.ppo_epochs)
-                   for minibatch in minibatches(session, experience, step, epoch)]
-        clock.lap("training")
-
+        clock, prompts = Clock(), feed.at(step)
+        settings = dataclasses.replace(settings, kl_coef=state["kl_coef"])
+        batch, scored, experience, updates = iterate(session, roles, hybrid, prompts.request, sampling, step, settings,
+                                                     clock, texts, ema)
         row = rollout_metrics(session, experience, scored, batch, updates)
         session.samples(sample_lines(prompts, batch, scored, tokenizer, "rollout", step + 1,
                                      limit=pipeline.telemetry.rollout_samples))
         clock.lap("other")
-        row |= {"kl_coef": settings.kl_coef, "lr_actor": lrs["actor"], "lr_critic": lrs["critic"]}
+        row |= {"kl_coef": settings.kl_coef, **learning_rates(settings, step)}
         row |= clock.row(session, row["tokens"]) | {"matmul_share": session.matmul_share(
             work_of(roles, batch, settings.ppo_epochs, pipeline.lora.rank > 0), clock.total)}
         session.log(step + 1, row, show=("score_mean", "kl", "response_length", "clip_fraction"))
         state["tokens"] += row["tokens"]
         state["seconds"] = {name: value + row[f"seconds_{name}"] for name, value in state["seconds"].items()}
         session.keep_memory(clock.memory)
+        if settings.kl_target:
+            state["kl_coef"] = next_kl_coef(settings.kl_coef, row["kl"], settings.kl_target, settings.kl_horizon,
+                                            settings.rollout_batch_size)
         session.checkpoint(step + 1, state)
 
     after = evaluate(session, hybrid, roles, held_out, sampling, tokenizer, "after")
@@ -92,8 +87,35 @@ def train(session: Session) -> dict:
     return summary(state["before"], after, state, settings.max_steps)
 
 
+def iterate(session: Session, roles: Roles, hybrid: HybridEngine, request: KitRequest, sampling: KitSampling,
+            step: int, settings: Ppo, clock: Clock,
+            texts: TextFeed | None = None, ema: Ema | None = None) -> tuple[KitBatch, Scored, Experience, list[dict]]:
+    """One PPO iteration on a batch of prompts; the last of what it returns are the metrics of each optimiser step."""
+    # 1. The actor answers.
+    batch = hybrid.generate(request, sampling)
+    clock.lap("generation")
+
+    # 2. All four roles look at the answers.
+    scored = score_responses(roles, batch.input_ids, batch.attention_mask, batch.response_mask.shape[1],
+                             sampling.temperature, session.pipeline.rollout.micro_batch_size)
+
+    # 3. Scores less the KL penalty become rewards; rewards and values become advantages and returns.
+    experience = make_experience(batch.input_ids, batch.attention_mask, batch.response_mask, batch.finished, scored,
+                                 settings, session.sum_tensor)
+    clock.lap("scoring")
+
+    # 4. Clipped updates in minibatches, reshuffled in each epoch.
+    parts = [part for epoch in range(settings.ppo_epochs) for part in minibatches(session, experience, step, epoch)]
+    lrs = learning_rates(settings, step)
+    updates = [update(session, roles, part, settings, sampling.temperature, lrs,
+                      texts.at(step * len(parts) + i) if texts else (), ema) for i, part in enumerate(parts)]
+    clock.lap("training")
+    return batch, scored, experience, updates
+
+
 def build_roles(session: Session, tokenizer) -> Roles:
-    """actor and critic as DeepSpeed engines with their optimisers, ref and reward frozen; or all four on one base."""
+    """actor and critic as DeepSpeed engines with their optimisers, ref and reward frozen; or all four on one base.
+    Only gae needs a critic."""
     pipeline, settings = session.pipeline, session.pipeline.ppo
     sft, reward = open_run(session.root, "sft").model_dir, open_run(session.root, "reward").model_dir
 
@@ -116,50 +138,68 @@ def build_roles(session: Session, tokenizer) -> Roles:
         shared = SharedModel(actor, reward, pipeline)
         engine = trained(shared, settings.lr_actor, groups=[shared.trained("actor"), shared.trained("critic")])
         return Roles(**{role: Role(engine, role) for role in ("actor", "critic", "ref", "reward")})
+    critic = add_adapters(scalar(), pipeline.lora, pipeline.seed) if settings.advantage == "gae" else None
     return Roles(actor=trained(add_adapters(actor, pipeline.lora, pipeline.seed), settings.lr_actor),
-                 critic=trained(add_adapters(scalar(), pipeline.lora, pipeline.seed), settings.lr_critic),
+                 critic=trained(critic, settings.lr_critic) if critic is not None else None,
                  ref=freeze(causal(), pipeline, session.device), reward=freeze(scalar(), pipeline, session.device))
 
 
-def learning_rates(session: Session, step: int) -> dict[str, float]:
-    """{"actor", "critic"}: both rise over the warm-up and fall linearly."""
-    settings = session.pipeline.ppo
-    return {role: learning_rate(base, step, settings.max_steps, settings.warmup, settings.min_lr, "linear")
+def learning_rates(settings: Ppo, step: int) -> dict[str, float]:
+    """Both rise over the warm-up and fall linearly."""
+    return {f"lr_{role}": learning_rate(base, step, settings.max_steps, settings.warmup, settings.min_lr, "linear")
             for role, base in (("actor", settings.lr_actor), ("critic", settings.lr_critic))}
 
 
 def minibatches(session: Session, experience: Experience, step: int, epoch: int) -> Iterator[Experience]:
-    """This rank's part of each minibatch, in an order that is new each epoch and a function of (seed, step, epoch)."""
-    order = epoch_order(len(experience), session.pipeline.seed + 1_000_003 * (step + 1), epoch)
-    return experience.select(order).split(session.pipeline.ppo.mini_batch_size // session.world_size)
+    """This rank's rows of each minibatch, reshuffled as a function of (seed, step, epoch).
+
+    Row g of the global batch is on rank g % world_size. A minibatch of M rows takes one of each class modulo M, the
+    classes shuffled on their own: so each rank has its share, and which rows meet depends on no number of ranks.
+    """
+    rank, world = session.rank, session.world_size
+    rows = np.arange(len(experience) * world).reshape(-1, session.pipeline.ppo.mini_batch_size)
+    shuffled = np.random.default_rng([session.pipeline.seed, step + 1, epoch]).permuted(rows, axis=0)
+    for minibatch in shuffled[:, rank::world]:
+        yield experience.select((minibatch - rank) // world)
 
 
-def update(session: Session, roles: Roles, minibatch: Experience, temperature: float, lrs: dict[str, float],
-           ema: Ema | None = None) -> dict:
-    """One optimiser step of actor and critic on one minibatch, and of the moving average; its metrics over all
-    ranks."""
-    settings, A = session.pipeline.ppo, minibatch.response_mask.shape[1]
-    tokens, = session.sum(minibatch.response_mask.sum())
-    set_learning_rate(roles.actor, lrs["actor"])
-    set_learning_rate(roles.critic, lrs["critic"])
+def update(session: Session, roles: Roles, minibatch: Experience, settings: Ppo, temperature: float,
+           lrs: dict[str, float], texts: Sequence[SequenceBatch] = (), ema: Ema | None = None) -> dict:
+    """One optimiser step of actor and critic on one minibatch, the actor's on `texts` too (one batch a micro batch),
+    and one of the moving average; returns its metrics over all ranks."""
+    tokens, text_tokens = session.sum(minibatch.response_mask.sum(), sum(text.response_mask.sum() for text in texts))
     totals = {}
-    for micro in minibatch.split(settings.micro_batch_size):
-        logits = response_logits(roles.actor, micro.sequences, micro.attention_mask, A)
-        new_logprobs = token_logprobs(logits, micro.responses, temperature)
-        actor_loss, policy = policy_loss(new_logprobs, micro.logprobs, micro.advantages, micro.response_mask,
-                                         settings.clip_range, tokens)
-        session.backward(roles.actor, actor_loss)
-        new_values = response_values(roles.critic, micro.sequences, micro.attention_mask, A)
-        critic_loss, value = value_loss(new_values, micro.values, micro.returns, micro.response_mask,
-                                        settings.value_clip_range, tokens)
-        session.backward(roles.critic, critic_loss)
-        totals = add_metrics(totals, {**policy, **value})
-    if ema:
+    for role in ("actor", "critic"):
+        if (engine := getattr(roles, role)) is not None:
+            set_learning_rate(engine, lrs[f"lr_{role}"])
+    for micro, text in itertools.zip_longest(minibatch.split(settings.micro_batch_size), texts):
+        loss, found = actor_objective(roles.actor, micro, settings, temperature, tokens)
+        if text is not None:
+            logits = roles.actor(**model_inputs(roles.actor, text.sequences, text.attention_mask)).logits
+            ptx_loss, _ = sft_loss(logits, text.sequences, text.response_mask, text_tokens)
+            loss, found["ptx_loss"] = loss + settings.ptx_coef * ptx_loss, ptx_loss.detach()
+        session.backward(roles.actor, loss)
+        if roles.critic is not None:
+            values = response_values(roles.critic, micro.sequences, micro.attention_mask, micro.response_mask.shape[1])
+            loss, more = value_loss(values, micro.values, micro.returns, micro.response_mask,
+                                    settings.value_clip_range, tokens)
+            session.backward(roles.critic, loss)
+            found |= more
+        totals = add_metrics(totals, found)
+    if ema is not None:
         ema.update()
     ratio_max, = session.largest(totals.pop("ratio_max"))
-    row = dict(zip(totals, session.sum(*totals.values()), strict=True))
-    return row | {"ratio_max": ratio_max, "grad_norm_actor": grad_norm(roles.actor),
-                  "grad_norm_critic": grad_norm(roles.critic)}
+    row = dict(zip(totals, session.sum(*totals.values()), strict=True)) | {"ratio_max": ratio_max}
+    return row | {f"grad_norm_{role}": grad_norm(engine) for role, engine in vars(roles).items()
+                  if role in ("actor", "critic") and engine is not None}
+
+
+def actor_objective(actor: nn.Module, micro: Experience, settings: Ppo, temperature: float,
+                    tokens: float) -> tuple[Tensor, dict]:
+    """(policy loss, metrics) of some rows, as parts of means over `tokens`."""
+    logits = response_logits(actor, micro.sequences, micro.attention_mask, micro.response_mask.shape[1])
+    return policy_loss(token_logprobs(logits, micro.responses, temperature), micro.logprobs, micro.advantages,
+                       micro.response_mask, settings.clip_range, tokens, settings.clip_range_high)
 
 
 if __name__ == "__main__":

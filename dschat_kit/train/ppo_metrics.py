@@ -59,13 +59,18 @@ def rollout_metrics(session, experience: Experience, scored: Scored, batch: KitB
                            masked_moments(kl["k3"], every), masked_moments(mask.sum(1), every),
                            masked_moments(batch.finished, every),
                            masked_moments(scored.entropy, mask), masked_moments(experience.returns, mask),
-                           masked_moments(experience.returns - experience.values, mask)])
+                           masked_moments(experience.returns - experience.values, mask),
+                           masked_moments(kl["k2"], every), masked_moments(experience.advantages, mask)])
     count, total, squares = session.sum_tensor(moments).unbind(1)
     mean, variance = (total / count).tolist(), (squares / count - (total / count).square()).clamp(min=0).tolist()
-    highest, negated_lowest = session.largest(float(scored.scores.max()), -float(scored.scores.min()))
+    apart = ((scored.logprobs - batch.logprobs) * mask).abs().max()
+    highest, negated_lowest, apart = session.largest(float(scored.scores.max()), -float(scored.scores.min()),
+                                                     float(apart))
     row = {"score_mean": mean[0], "score_std": variance[0] ** 0.5, "score_min": -negated_lowest, "score_max": highest,
-           "kl": mean[1], "kl_k3": mean[2], "response_length": mean[3], "eos_rate": mean[4], "entropy": mean[5],
-           "explained_variance": 1 - variance[7] / max(variance[6], 1e-12), "tokens": float(total[3])}
+           "kl": mean[1], "kl_k2": mean[8], "kl_k3": mean[2], "response_length": mean[3], "eos_rate": mean[4],
+           "entropy": mean[5], "advantage_std": variance[9] ** 0.5, "sampler_gap": apart, "tokens": float(total[3])}
+    if "value_loss" in updates[0]:
+        row["explained_variance"] = 1 - variance[7] / max(variance[6], 1e-12)
     for name in updates[0]:
         values = [update[name] for update in updates]
         row[name] = max(values) if name == "ratio_max" else sum(values) / len(values)
@@ -74,11 +79,12 @@ def rollout_metrics(session, experience: Experience, scored: Scored, batch: KitB
 
 
 def work_of(roles: Roles, batch: KitBatch, ppo_epochs: int, adapters: bool) -> float:
-    """FLOP that an iteration needs on this rank: every answer is generated, scored by ref, critic and reward model, and
+    """FLOP that an iteration needs on this rank: every answer is generated, scored by ref, reward model and critic, and
     passed through actor and critic forward and backward in each epoch. The actor's own scoring could be spared."""
     lengths, answered = batch.attention_mask.sum(1), batch.response_mask.sum(1)
-    causal, scalar = forward_flop(roles.ref, lengths, answered), forward_flop(roles.critic, lengths, 0 * answered)
-    return 2 * causal + 2 * scalar + ppo_epochs * (2 if adapters else 3) * (causal + scalar)
+    causal, scalar = forward_flop(roles.ref, lengths, answered), forward_flop(roles.reward, lengths, 0 * answered)
+    critic = scalar if roles.critic is not None else 0.0
+    return 2 * causal + scalar + critic + ppo_epochs * (2 if adapters else 3) * (causal + critic)
 
 
 def summary(before: dict, after: dict, state: dict, steps: int) -> dict:

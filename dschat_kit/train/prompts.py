@@ -5,15 +5,24 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dschat_kit.config import ConfigError, Pipeline
-from dschat_kit.data.datasets import PromptBatch, TokenRows, pad_prompts, rank_share
+from dschat_kit.config import ConfigError, Pipeline, Ppo
+from dschat_kit.data.datasets import (
+    PromptBatch,
+    SequenceBatch,
+    StepSampler,
+    TokenRows,
+    chunks,
+    pad_prompts,
+    rank_share,
+    sft_batch,
+)
 from dschat_kit.data.sources import gold_of
 from dschat_kit.data.splits import epoch_order
 from dschat_kit.engine.rollout_types import KitBatch, KitRequest, KitSampling
 from dschat_kit.rlhf.rewards import kl_estimates
 from dschat_kit.rlhf.rollout import Roles, Scored, score_responses
 
-__all__ = ["Prompts", "PromptFeed", "evaluate", "sample_lines", "sampling_of"]
+__all__ = ["Prompts", "PromptFeed", "TextFeed", "evaluate", "sample_lines", "sampling_of"]
 
 
 @dataclass(frozen=True)
@@ -27,23 +36,29 @@ class Prompts:
 class PromptFeed:
     """Which prompts iteration `step` asks, on this rank; a pure function of (seed, step)."""
 
-    def __init__(self, rows: TokenRows, batch_size: int, seed: int, pad_id: int, session, unique: bool = False):
+    def __init__(self, rows: TokenRows, batch_size: int, seed: int, pad_id: int, session, unique: bool = False,
+                 samples: int = 1):
         texts = rows.table["prompt"]
         first = {text: i for i, text in reversed(list(enumerate(texts)))}
         keep = sorted(first.values()) if unique else range(len(rows))
         self.rows, self.keep, self.seed, self.pad_id, self.session = rows, np.asarray(keep), seed, pad_id, session
         self.count = batch_size
-        self.unique = unique
+        self.unique, self.samples = unique, samples
 
     def at(self, step: int) -> Prompts:
-        """The prompts of one step. Rows are seeded by their place in the global batch: rank count changes nothing."""
+        """The prompts of one step. Rows are seeded by their place in the global batch: rank count changes nothing.
+
+        With several samples the prompts come so many times one after another, so that all of one are on one rank.
+        """
         world, size = self.session.world_size, -(-self.count // self.session.world_size) * self.session.world_size
         places = np.arange(step * size, (step + 1) * size)
+        asked = size // self.samples
+        drawn = step * asked + np.arange(size) % asked
         if self.unique:
-            picks = places % len(self.keep)  # more answers than prompts: several of each, with other random numbers
+            picks = drawn % len(self.keep)  # more answers than prompts: several of each, with other random numbers
         else:
             picks = np.array([epoch_order(len(self.keep), self.seed, p // len(self.keep))[p % len(self.keep)]
-                              for p in places])
+                              for p in drawn])
         mine = rank_share(np.arange(size), self.session.rank, world)
         indices = self.keep[picks[mine]]
         some = self.rows.take(indices)
@@ -52,6 +67,19 @@ class PromptFeed:
         request = KitRequest(prompt_ids=batch.prompt_ids.to(self.session.device), row_seeds=torch.tensor(seeds),
                              prompt_attention_mask=batch.attention_mask.to(self.session.device))
         return Prompts(batch, [row["source"] for row in some], request)
+
+
+class TextFeed:
+    """SFT rows that the actor goes on to learn from at optimiser step k; a pure function of (seed, k)."""
+
+    def __init__(self, rows: TokenRows, settings: Ppo, seed: int, pad_id: int, session):
+        self.rows, self.pad_id, self.session, self.size = rows, pad_id, session, settings.micro_batch_size
+        self.sampler = StepSampler(rows=len(rows), batch_size=settings.mini_batch_size, seed=seed)
+
+    def at(self, step: int) -> list[SequenceBatch]:
+        """This rank's rows, as many as a minibatch has, in micro batches."""
+        mine = self.rows.take(rank_share(self.sampler.indices(step), self.session.rank, self.session.world_size))
+        return [sft_batch(part, self.pad_id).to(self.session.device) for part in chunks(mine, self.size)]
 
 
 def sampling_of(pipeline: Pipeline, tokenizer, pad_id: int) -> KitSampling:

@@ -1,0 +1,167 @@
+"""`dschat verify`: PPO against the exact optimum of worlds that can be enumerated. This half plans, launches and
+judges; dschat_kit/train/exact.py is launched and measures.
+
+The gap alone is a weak detector, second order in the error; so beta_hat and the slope of the frontier (first order),
+the exact gradient and the first ratio are judged as well.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+
+from dschat_kit.config import ConfigError, Pipeline
+from dschat_kit.runs import RunError, read_json, write_json
+
+__all__ = ["failures", "figure", "launch_cases", "line", "plan", "slope_errors", "table"]
+
+WORLDS = ("bandit", "bigram")
+BETAS = (0.1, 0.5, 1.0, 2.0)
+ANSWERS = 2 ** 17
+"""More are not enumerated."""
+
+
+def plan(kind: str = "bigram", vocab: int | None = None, length: int | None = None, betas: tuple[float, ...] = (0.5,),
+         seed: int = 0, eos: bool = False, prompts: int = 1, steps: int = 100) -> list[dict]:
+    """One case a beta. Raises ConfigError for a world that is none or cannot be enumerated."""
+    vocab = vocab or (10 if kind == "bandit" else 4)
+    length = length or (1 if kind == "bandit" else 3)
+    for name, value, good, expected in (
+            ("--vocab", vocab, vocab >= 2 and (kind == "bandit" or vocab + prompts < 32),
+             "at least 2, and with --prompts below 32: the model is 32 wide"),
+            ("--prompts", prompts, 1 <= prompts <= 16, "1 to 16"),
+            ("--length", length, length == 1 if kind == "bandit" else length >= 1, "1 for the bandit, else at least 1"),
+            ("--beta", betas, all(0 < beta < 1e6 for beta in betas), "above 0"),
+            ("--seed", seed, seed >= 0, "at least 0"), ("--steps", steps, steps >= 1, "at least 1"),
+            ("--vocab and --length", (vocab, length), prompts * vocab ** length <= ANSWERS,
+             f"at most {ANSWERS} answers (prompts * vocab ** length)")):
+        if not good:
+            raise ConfigError(f"{name}: got {value}\n  expected: {expected}\n  change:   {name}")
+    world = {"kind": kind, "vocab": vocab, "length": length, "seed": seed, "eos": eos, "prompts": prompts}
+    return [{"world": world, "beta": beta, "steps": steps} for beta in betas]
+
+
+def launch_cases(cases: list[dict], ranks: int = 1, zero: int = 0, export: Path | None = None) -> list[dict]:
+    """What PPO reached in each case, by one launched job; `export` gets the policy of the last one.
+
+    The job's output goes to standard error. Raises RunError when it fails; its folder is then kept.
+    """
+    if ranks < 1 or 256 % ranks:
+        raise ConfigError(f"--ranks: got {ranks}\n  expected: a divisor of 256, the batch\n  change:   --ranks 2")
+    folder = Path(tempfile.mkdtemp(prefix="dschat-verify-")) / "ppo"
+    folder.mkdir()
+    write_json(folder / "config.json", {"stage": "ppo", "preset": "verify", "config_hash": "", "seed": 0,
+                                        "pipeline": Pipeline().to_dict()})
+    write_json(folder / "cases.json", {"zero": zero, "cases": cases})
+    program = ["deepspeed", "--num_gpus", str(ranks), "--module", "dschat_kit.train.exact", "--run", str(folder)]
+    done = subprocess.run([sys.executable, "-m", "dschat_kit.cli", "launch", "--", *program], stdout=sys.stderr,
+                          env={"OMP_NUM_THREADS": "1", **os.environ})  # matrices too small for a second thread
+    if done.returncode:
+        raise RunError(f"the launched job ended with {done.returncode}\n  change: see {folder / 'logs'}")
+    found = read_json(folder / "result.json")["cases"]
+    if export:
+        shutil.copytree(folder / "model", export, dirs_exist_ok=True)
+    shutil.rmtree(folder.parent)
+    return found
+
+
+def failures(row: dict) -> list[str]:
+    """The checks that one case does not pass, each with its number."""
+    first_order = row["beta"] >= 0.5 and row["steps"] >= 100
+    checks = {
+        "gap_closed": 0.98 <= row["gap_closed"] <= 1 + 1e-5,
+        "reached_value": row["reached_value"] <= row["optimal_value"] + 1e-6,
+        "beta_hat": not first_order or 0.95 <= row["beta_hat"] / row["beta"] <= 1.06,
+        "gradient_error": row["gradient_error"] < 1e-5,
+        "ratio_error": row["ratio_error"] < 1e-5,
+        "sampler_ratio_error": row["sampler_ratio_error"] < 1e-4}
+    return [f"{name} {row[name]:.6g}" for name, good in checks.items() if not good]
+
+
+def slope_errors(rows: list[dict]) -> list[float]:
+    """Relative errors of dE[r] / dKL between neighbouring betas of at least 0.5, against the exact optima's.
+
+    `rows` are cases of one world that differ in beta alone.
+    """
+    rows = sorted((row for row in rows if row["beta"] >= 0.5), key=lambda row: row["beta"])
+
+    def slope(low: dict, high: dict, which: str) -> float:
+        return (low[f"{which}_reward"] - high[f"{which}_reward"]) / (low[f"{which}_kl"] - high[f"{which}_kl"])
+
+    return [slope(*pair, "reached") / slope(*pair, "optimal") - 1 for pair in zip(rows, rows[1:], strict=False)]
+
+
+def table(folder: Path, seeds: tuple[int, ...] = (0, 1, 2), steps: int = 100) -> list[str]:
+    """Four worlds x BETAS x seeds x 1 and 2 ranks: writes verify.json, verify.md and verify.png into `folder` and
+    returns what failed. About ten minutes on two idle cores."""
+    worlds = ({"kind": "bandit"}, {"kind": "bigram"}, {"kind": "bigram", "eos": True},
+              {"kind": "bigram", "eos": True, "prompts": 3})
+    cases = [case for world in worlds for seed in seeds for case in plan(**world, betas=BETAS, seed=seed, steps=steps)]
+    with ThreadPoolExecutor(2) as pool:  # two jobs of one rank side by side
+        halves = pool.map(launch_cases, (cases[0::2], cases[1::2]))
+    rows = [row for pair in zip(*halves, strict=True) for row in pair] + launch_cases(cases, ranks=2, zero=2)
+    failed = [f"{name_of(row)}, beta {row['beta']}, seed {row['seed']}, {row['ranks']} ranks: {text}"
+              for row in rows for text in failures(row)]
+    slopes = {}
+    for start in range(0, len(rows), len(BETAS)):
+        some = rows[start:start + len(BETAS)]
+        slopes[start] = max(map(abs, slope_errors(some)))
+        if slopes[start] > 0.03:
+            failed.append(f"{name_of(some[0])}, seed {some[0]['seed']}: slope off by {slopes[start]:.3f}")
+    middle = median(row["gap_closed"] for row in rows)
+    if middle < 0.995:
+        failed.append(f"median gap {middle:.4f}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "verify.json", [{k: v for k, v in row.items() if k != "frontier"} for row in rows])
+    figure(rows).savefig(folder / "verify.png", dpi=120)
+    head = ("world", "beta", "ranks", "least gap", "beta_hat / beta", "gradient error", "ratio error", "seconds")
+    lines = ["# PPO against the exact optimum", "", "Written by `dschat verify --table docs/results`.", "",
+             f"{len(rows)} runs of {steps} iterations, {len(seeds)} seeds. Median gap closed: {middle:.4f}. Largest "
+             f"error of the frontier's slope, beta >= 0.5: {max(slopes.values()):.3f}. Failed checks: {len(failed)}.",
+             "", *(f"- {text}" for text in failed), "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, beta, ranks in dict.fromkeys((name_of(row), row["beta"], row["ranks"]) for row in rows):
+        some = [row for row in rows if (name_of(row), row["beta"], row["ranks"]) == (name, beta, ranks)]
+        least, most = (f(row["beta_hat"] / beta for row in some) for f in (min, max))
+        lines.append(f"| {name} | {beta} | {ranks} | {min(row['gap_closed'] for row in some):.4f} | "
+                     f"{least:.3f} to {most:.3f} | {max(row['gradient_error'] for row in some):.1e} | "
+                     f"{max(row['ratio_error'] for row in some):.1e} | {max(row['seconds'] for row in some):.0f} |")
+    (folder / "verify.md").write_text("\n".join([*lines, "", "![runs landing on the frontier](verify.png)", ""]))
+    return failed
+
+
+def line(row: dict) -> str:
+    """One case for a reader."""
+    return (f"{name_of(row)}, seed {row['seed']}, beta {row['beta']:g}: value {row['reached_value']:.6f} of "
+            f"{row['optimal_value']:.6f}, gap closed {row['gap_closed']:.4f}, beta_hat {row['beta_hat']:.4f}, "
+            f"gradient error {row['gradient_error']:.1e}; " + ("failed: " + ", ".join(failures(row)) if failures(row)
+                                                               else "all checks passed"))
+
+
+def name_of(row: dict) -> str:
+    """A world in words."""
+    return (f"{row['kind']} {row['vocab']}" + (f" x {row['length']}" if row["kind"] == "bigram" else "")
+            + (", EOS" if row["eos"] else "") + (f", {row['prompts']} prompts" if row["prompts"] > 1 else ""))
+
+
+def figure(rows: list[dict]):
+    """Runs landing on the frontier: for each world the highest E[r] at a KL (theory), and what PPO reached."""
+    from matplotlib.figure import Figure
+    worlds = list(dict.fromkeys((name_of(row), row["seed"]) for row in rows))
+    across = min(4, len(worlds))
+    made = Figure(figsize=(0.8 + 3.4 * across, 3.2 * -(-len(worlds) // across)), layout="constrained")
+    betas = sorted({row["beta"] for row in rows})
+    for axes, world in zip(made.subplots(-(-len(worlds) // across), across, squeeze=False).flat, worlds, strict=False):
+        some = [row for row in rows if (name_of(row), row["seed"]) == world]
+        axes.plot(*zip(*some[0]["frontier"], strict=True), color="0.6", label="exact optimum")
+        for row in some:
+            axes.plot(row["optimal_kl"], row["optimal_reward"], "+", color="black", markersize=10)
+            axes.plot(row["reached_kl"], row["reached_reward"], "o", alpha=0.7, label=f"beta {row['beta']:g}",
+                      color=f"C{betas.index(row['beta'])}")
+        axes.set(title=f"{world[0]}, seed {world[1]}", xlabel="KL to the reference (nats)", ylabel="E[reward]")
+        named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        axes.legend(named.values(), named.keys(), fontsize=8)
+    return made

@@ -1,0 +1,241 @@
+"""PPO against the exact optimum, on the shipped functions, and that every check sees a bug made on purpose."""
+
+import copy
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_ranks import environment
+from transformers import AutoModelForCausalLM
+
+from dschat_kit import verify
+from dschat_kit.config import ConfigError, Pipeline, Ppo
+from dschat_kit.rlhf import rollout
+from dschat_kit.rlhf.rewards import compute_rewards, kl_estimates
+from dschat_kit.rlhf.worlds import World, reached
+from dschat_kit.runs import StageRun, write_json
+from dschat_kit.train import exact
+from dschat_kit.train import ppo as program
+from dschat_kit.train.session import Session
+
+FIXED, EOS = World(), World(seed=1, eos=True, prompts=2)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return {world: exact.fit_reference(world) for world in (FIXED, EOS)}
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory):
+    """One rank in this process."""
+    folder = tmp_path_factory.mktemp("verify")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    (folder / "ppo").mkdir()
+    write_json(folder / "ppo" / "config.json", {"pipeline": Pipeline().to_dict()})
+    yield Session(StageRun(folder / "ppo"), False, sys.stderr)
+    dist.destroy_process_group()
+
+
+def solve(session, world, beta, steps, **changes):
+    case = exact.Case(world, beta, steps)
+    session = copy.copy(session)
+    pipeline = case.pipeline(0, 1)
+    session.pipeline = dataclasses.replace(pipeline, ppo=dataclasses.replace(pipeline.ppo, **changes))
+    return {"beta": beta, **exact.solve(session, case)[0]}
+
+
+# -- bugs made on purpose: name -> what is put in the place of a shipped function
+
+def more_kl(*args):
+    return compute_rewards(*args[:-1], 1.2 * args[-1])
+
+
+def no_kl(*args):
+    return compute_rewards(*args[:-1], 0.0)
+
+
+def score_early(scores, logprobs, ref_logprobs, mask, kl_coef):
+    penalty = compute_rewards(scores * 0, logprobs, ref_logprobs, mask, kl_coef)
+    last = mask.sum(1, keepdim=True)
+    shorter = mask & ((torch.arange(mask.shape[1]) < last - 1) | (last == 1))
+    return penalty + compute_rewards(scores, logprobs * 0, ref_logprobs * 0, shorter, 0.0)
+
+
+def whitened_with_shift(scores, logprobs, ref_logprobs, mask, kl_coef):
+    rewards = compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coef)
+    return (rewards - rewards[mask].mean()) * mask
+
+
+def no_masks(sequences, attention_mask, response_mask, *rest):
+    return rollout.make_experience(sequences, attention_mask, torch.ones_like(response_mask), *rest)
+
+
+def k3_as_loss(actor, rows, settings, temperature, tokens):
+    """As GRPO has it: no KL in the reward, the k3 estimate as a loss, weighted as the enumeration is."""
+    loss, metrics = SHIPPED["actor_objective"](actor, rows, settings, temperature, tokens)
+    logits = program.response_logits(actor, rows.sequences, rows.attention_mask, rows.response_mask.shape[1])
+    new = program.token_logprobs(logits, rows.responses, temperature)
+    k3 = kl_estimates(new, rows.ref_logprobs, rows.response_mask)["k3"]
+    weights = (rows.logprobs * rows.response_mask).sum(1).exp()
+    return loss + 0.5 * (weights * k3).sum() / tokens, metrics
+
+
+SHIPPED = {name: getattr(exact, name) for name in ("actor_objective", "score_responses")}
+RIGHT = {"nothing": []}
+WRONG = {
+    "KL x 1.2": [(rollout, "compute_rewards", more_kl)],
+    "no KL": [(rollout, "compute_rewards", no_kl)],
+    "k3 as loss": [(rollout, "compute_rewards", no_kl), (exact, "actor_objective", k3_as_loss)],
+    "score one token early": [(rollout, "compute_rewards", score_early)],
+    "gamma 0.99": [(exact, "Ppo", lambda **fields: Ppo(**fields, gamma=0.99))],
+    "gamma 0.95": [(exact, "Ppo", lambda **fields: Ppo(**fields, gamma=0.95))],
+    "temperature unaccounted": [
+        (exact, "score_responses", lambda *args: SHIPPED["score_responses"](*args[:4], 1.0, args[5])),
+        (exact, "actor_objective", lambda *args: SHIPPED["actor_objective"](*args[:3], 1.0, args[4]))],
+}
+WRONG_WITH_EOS = {"whitening with shift": [(rollout, "compute_rewards", whitened_with_shift)],
+                  "no masks": [(exact, "make_experience", no_masks)]}
+
+
+@pytest.mark.parametrize("bug", RIGHT | WRONG | WRONG_WITH_EOS)
+@pytest.mark.parametrize("world", [FIXED, EOS], ids=["fixed", "eos"])
+def test_the_first_gradient_is_the_exact_one(fitted, monkeypatch, world, bug):
+    for place, name, broken in (RIGHT | WRONG | WRONG_WITH_EOS)[bug]:
+        monkeypatch.setattr(place, name, broken)
+    errors = [exact.gradient_error(world, 0.5, fitted[world], temperature) for temperature in (1.0, 0.7)]
+    if bug == "nothing" or (world is FIXED and bug in WRONG_WITH_EOS):  # harmless at fixed length
+        assert max(errors) < 1e-5
+    else:
+        assert errors[1] > 1e-3, errors
+
+
+# -- trained for real
+
+def test_ppo_reaches_the_optimum(session):
+    row = solve(session, EOS, 0.5, 40)
+    row |= {"steps": 100}  # so that beta_hat is judged as well
+    assert verify.failures(row) == [], row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world, beta", [(World("bandit", 10, 1), 0.1), (World(vocab=2, length=5, seed=1), 1.0),
+                                         (World(vocab=8, length=3, seed=2), 0.5), (World(vocab=3, length=1), 2.0)])
+def test_other_sizes_reach_it_too(session, world, beta):
+    row = solve(session, world, beta, 100)
+    assert verify.failures(row) == [], row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug, said", [
+    ("KL x 1.2", "beta_hat"), ("no KL", "beta_hat"), ("score one token early", "gap_closed"),
+    ("whitening with shift", "gap_closed"), ("no masks", "gap_closed"), ("temperature unaccounted", "ratio_error")])
+def test_training_with_a_bug_fails_its_check(session, monkeypatch, bug, said):
+    wrong = {**WRONG, **WRONG_WITH_EOS, "no masks": [(program, "make_experience", no_masks)],
+             "temperature unaccounted": [(program, "actor_objective", lambda *args: SHIPPED["actor_objective"](
+                 *args[:3], 0.7, args[4]))]}
+    for place, name, broken in wrong[bug]:
+        monkeypatch.setattr(place, name, broken)
+    failed = verify.failures(solve(session, EOS, 0.5, 100))
+    assert any(text.startswith(said) for text in failed), failed
+
+
+# -- the command
+
+def dschat_verify(*options: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "dschat_kit.cli", "verify", *options], env=environment(), text=True,
+                          capture_output=True, timeout=600)
+
+
+@pytest.mark.ranks
+def test_two_ranks_reach_it_and_anybody_can_enumerate_the_export(tmp_path):
+    """As the command line says it; the export is judged with plain transformers and nothing of ours."""
+    asked = "--world bigram --vocab 4 --length 3 --beta 0.5 --seed 0 --steps 60 --ranks 2 --zero 2 --json".split()
+    done = dschat_verify(*asked, "--export", str(tmp_path / "policy"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = json.loads(done.stdout)
+    assert row["failed"] == [] and row["ranks"] == 2 and row["zero"] == 2 and row["steps"] == 60
+    assert row["reference_reward"] == pytest.approx(-0.10254, abs=1e-5)
+    assert row["optimal_value"] == pytest.approx(1.881807 - 0.5 * 1.724266, abs=1e-5)
+
+    told = json.loads((tmp_path / "policy" / "world.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy").double().eval()
+    ids = torch.tensor([[told["start_token_id"], a, b, c] for a in told["token_ids"] for b in told["token_ids"]
+                        for c in told["token_ids"]])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[:, :-1]
+    logprobs = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1).sum(1)
+    assert float(logprobs.exp().sum()) == pytest.approx(1, abs=1e-9)
+    reward = ((ids == 1).sum(1) - (ids == 2).sum(1)).double()
+    assert float((logprobs.exp() * reward).sum()) == pytest.approx(row["reached_reward"], abs=1e-9)
+    kl = float((logprobs.exp() * (logprobs - World().reference[0])).sum())
+    assert kl == pytest.approx(row["reached_kl"], abs=1e-9)
+    assert row["reached_value"] == pytest.approx(row["reached_reward"] - 0.5 * kl) and row["gap_closed"] > 0.98
+
+
+@pytest.mark.parametrize("options", [{"vocab": 1}, {"vocab": 31}, {"length": 0}, {"betas": (0.0,)},
+                                     {"betas": (math.nan,)}, {"prompts": 0}, {"steps": 0}, {"vocab": 8, "length": 9},
+                                     {"kind": "bandit", "length": 2}, {"seed": -1}])
+def test_a_world_that_is_none_is_refused(options):
+    with pytest.raises(ConfigError, match="expected"):
+        verify.plan(**options)
+    with pytest.raises(ConfigError, match="divisor of 256"):
+        verify.launch_cases(verify.plan(), ranks=3)
+
+
+def test_slopes_and_failures_tell_wrong_numbers():
+    rows = [{"beta": beta, **reached(FIXED, FIXED.best(beta), beta), "gradient_error": 1e-7, "ratio_error": 0.0,
+             "sampler_ratio_error": 0.0, "steps": 100} for beta in (0.1, 0.5, 1.0, 2.0)]
+    assert max(map(abs, verify.slope_errors(rows))) < 1e-9 and not any(verify.failures(row) for row in rows)
+    moved = [{**row, **reached(FIXED, FIXED.best(1.2 * row["beta"]), row["beta"])} for row in rows]  # as KL x 1.2 does
+    assert min(map(abs, verify.slope_errors(moved))) > 0.1
+    assert all(any(text.startswith("beta_hat") for text in verify.failures(row)) for row in moved if row["beta"] >= 0.5)
+    for name, wrong in {"gap_closed": 0.97, "reached_value": 9.0, "beta_hat": 0.6, "gradient_error": 1e-3,
+                        "ratio_error": 1e-3, "sampler_ratio_error": 1e-3}.items():
+        assert [text.split()[0] for text in verify.failures({**rows[1], name: wrong})] == [name]
+
+
+def test_the_figure_shows_theory_and_what_was_reached():
+    rows = [{**dataclasses.asdict(FIXED), "beta": beta, "frontier": FIXED.frontier(), "ranks": 1,
+             **reached(FIXED, FIXED.best(beta), beta)} for beta in (0.5, 1.0)]
+    axes, = verify.figure(rows).axes
+    curve, *points = axes.lines
+    assert len(curve.get_xdata()) == 40 and list(curve.get_ydata()) == sorted(curve.get_ydata())
+    assert {row["reached_kl"] for row in rows} <= {float(point.get_xdata()[0]) for point in points}
+
+
+# -- minibatches
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(0, 50))
+@settings(deadline=None, max_examples=40)
+def test_which_rows_meet_in_a_minibatch_depends_on_no_number_of_ranks(world_size, per_rank, count, seed):
+    size = 12 * per_rank  # divides by 1, 2, 3 and 4
+
+    @dataclasses.dataclass
+    class Rows:
+        rows: list
+
+        def __len__(self):
+            return len(self.rows)
+
+        def select(self, index):
+            return [self.rows[i] for i in index]
+
+    def of(ranks, step=0, epoch=0):
+        ppo = Ppo(rollout_batch_size=size * count, mini_batch_size=size, micro_batch_size=1)
+        sessions = [SimpleNamespace(rank=rank, world_size=ranks, pipeline=Pipeline(seed=seed, ppo=ppo))
+                    for rank in range(ranks)]
+        parts = [program.minibatches(one, Rows(list(range(size * count))[one.rank::ranks]), step, epoch)
+                 for one in sessions]
+        return [sorted(sum(shares, [])) for shares in zip(*parts, strict=True)]
+
+    assert of(world_size) == of(1) and sorted(sum(of(1), [])) == list(range(size * count))
+    assert count < 3 or of(1) != of(1, epoch=1) and of(1) != of(1, step=1)
