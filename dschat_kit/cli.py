@@ -57,6 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     doctor = command("doctor", _doctor, "check the machine, or a run")
     doctor.add_argument("path", nargs="?", type=Path, metavar="RUN")
     doctor.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    bench = command("bench", _bench, "measure ours and the peers on the same work")
+    from dschat_kit.bench import add_arguments
+    add_arguments(bench.add_subparsers(required=True, metavar="WHAT", dest="what").add_parser(
+        "rollout", help="generation: the hybrid engine, transformers and DeepSpeed"))
     launch = command("launch", None, "prefix of a visible command: logs it, ends every rank with its cell")
     launch.add_argument("rest", nargs="*", metavar="-- deepspeed ...")
     return parser
@@ -107,6 +111,11 @@ def _stage(args) -> int:
 def _chat(args) -> int:
     from dschat_kit.chat import talk
     return talk(args.run_root, args.stage, args.ask)
+
+
+def _bench(args) -> int:
+    from dschat_kit.bench import run
+    return run(args)
 
 
 def _watch(args) -> int:

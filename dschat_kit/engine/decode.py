@@ -129,9 +129,10 @@ class _Responses:
             logits[:, self.stops] = logits[:, self.stops].masked_fill(~ends[:, None], -1e9)
         uniforms = None if self.uniforms is None else self.uniforms[index, place]
         tokens, logprobs, entropy = sample_tokens(logits, uniforms, self.sampling, forced)
-        if not torch.isfinite(logprobs).all():
-            bad = int((~torch.isfinite(logprobs)).nonzero()[0])
-            raise RunError(f"the model gives no finite logits: row {rows[bad]}, response token {int(place[bad])}\n"
+        bad = ~torch.isfinite(logprobs)
+        if bad.any():
+            row, token = min(zip(index[bad].tolist(), place[bad].tolist(), strict=True))
+            raise RunError(f"the model gives no finite logits: row {row}, response token {token}\n"
                            "  change: a lower learning rate, or model.dtype=fp32")
         self.tokens[index, place], self.logprobs[index, place], self.entropy[index, place] = tokens, logprobs, entropy
         self.count[index] += 1

@@ -50,6 +50,7 @@ def sample_tokens(logits: Tensor, uniforms: Tensor | None, sampling: KitSampling
         # The last place that adds anything: rounding must not choose a token of probability 0 behind it.
         last = torch.searchsorted(inside, inside[:, -1:].contiguous())
         tokens = (block * BLOCK + torch.searchsorted(inside, targets - before, right=True).minimum(last)).squeeze(1)
+        tokens = tokens.clamp(max=logits.shape[1] - 1)  # without finite logits there is nothing to find
     if forced is not None:
         tokens = torch.where(forced >= 0, forced, tokens)
     logprobs = (shifted.gather(1, tokens[:, None]).squeeze(1) - total.log()).float()

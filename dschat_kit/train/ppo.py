@@ -5,8 +5,7 @@
 Four roles: actor (trained, from SFT), critic (trained, from the reward model), ref (frozen SFT), reward (frozen).
 One iteration: 1. the actor answers a batch of prompts  2. all roles look at the answers  3. rewards less the KL
 penalty, GAE, whitening over all ranks  4. ppo_epochs passes of clipped updates in minibatches. Schulman et al. 2017
-(1707.06347), Ouyang et al. 2022 (2203.02155). Left out on purpose: reuse of the sampler's log-probabilities (they are
-recomputed, so the first ratio is 1).
+(1707.06347), Ouyang et al. 2022 (2203.02155).
 """
 
 from collections.abc import Iterator
@@ -15,15 +14,16 @@ from dschat_kit.data.datasets import TokenRows
 from dschat_kit.data.splits import epoch_order
 from dschat_kit.engine.engines import build_engine, freeze, grad_norm, learning_rate, set_learning_rate
 from dschat_kit.engine.hybrid import HybridEngine
-from dschat_kit.models.loading import check_length, load_causal_lm, response_logits
+from dschat_kit.models.loading import check_length, load_causal_lm
 from dschat_kit.models.lora import add_adapters
 from dschat_kit.models.scalar_model import load_scalar_model, response_values
 from dschat_kit.rlhf.experience import Experience
-from dschat_kit.rlhf.losses import policy_loss, token_logprobs, value_loss
+from dschat_kit.rlhf.logprobs import response_logprobs
+from dschat_kit.rlhf.losses import policy_loss, value_loss
 from dschat_kit.rlhf.rollout import Roles, make_experience, score_responses
 from dschat_kit.runs import open_run
 from dschat_kit.train.ppo_metrics import Clock, add_metrics, rollout_metrics, summary
-from dschat_kit.train.prompts import PromptFeed, evaluate, sample_lines, sampling_of
+from dschat_kit.train.prompts import PromptFeed, evaluate, reused, sample_lines, sampling_of
 from dschat_kit.train.rank import main
 from dschat_kit.train.session import Session
 
@@ -34,7 +34,9 @@ def train(session: Session) -> dict:
     data, tokenizer, pad_id = session.prepare_data()
     sampling = sampling_of(pipeline, tokenizer, pad_id)
     roles = build_roles(session, tokenizer)
-    hybrid = HybridEngine(roles.actor, micro_batch_size=pipeline.rollout.micro_batch_size)
+    hybrid = HybridEngine(roles.actor, micro_batch_size=pipeline.rollout.micro_batch_size,
+                          release_inference_cache=pipeline.rollout.release_inference_cache,
+                          max_out_tokens=pipeline.rollout.max_out_tokens)
     feed = PromptFeed(TokenRows(data, "ppo"), settings.rollout_batch_size, pipeline.seed, pad_id, session)
     held_out = PromptFeed(TokenRows(data, "eval"), settings.eval_prompts, pipeline.seed, pad_id, session, unique=True)
     state = session.begin(settings.max_steps, {"actor": roles.actor, "critic": roles.critic})
@@ -52,7 +54,7 @@ def train(session: Session) -> dict:
 
         # 2. All four roles look at the answers.
         scored = score_responses(roles, batch.input_ids, batch.attention_mask, batch.response_mask.shape[1],
-                                 sampling.temperature, pipeline.rollout.micro_batch_size)
+                                 sampling.temperature, pipeline.rollout.micro_batch_size, reused(pipeline, batch))
 
         # 3. Scores less the KL penalty become rewards; rewards and values become advantages and returns.
         experience = make_experience(batch.input_ids, batch.attention_mask, batch.response_mask, batch.finished, scored,
@@ -77,7 +79,8 @@ def train(session: Session) -> dict:
 
     after = evaluate(session, hybrid, roles, held_out, sampling, tokenizer, "after")
     session.export(roles.actor.module, tokenizer)
-    return summary(state["before"], after, state, settings.max_steps)
+    rollout = {"path": hybrid.path, "reason": hybrid.reason}
+    return summary(state["before"], after, state, settings.max_steps) | {"rollout": rollout}
 
 
 def build_roles(session: Session, tokenizer) -> Roles:
@@ -117,9 +120,8 @@ def update(session: Session, roles: Roles, minibatch: Experience, temperature: f
     set_learning_rate(roles.actor, lrs["actor"])
     set_learning_rate(roles.critic, lrs["critic"])
     totals = {}
-    for micro in minibatch.split(settings.micro_batch_size):
-        logits = response_logits(roles.actor, micro.sequences, micro.attention_mask, A)
-        new_logprobs = token_logprobs(logits, micro.responses, temperature)
+    for micro in minibatch.by_length().split(settings.micro_batch_size):
+        new_logprobs, _ = response_logprobs(roles.actor, micro.sequences, micro.attention_mask, A, temperature)
         actor_loss, policy = policy_loss(new_logprobs, micro.logprobs, micro.advantages, micro.response_mask,
                                          settings.clip_range, tokens)
         session.backward(roles.actor, actor_loss)

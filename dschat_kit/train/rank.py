@@ -22,7 +22,7 @@ from dschat_kit.metrics import read_metrics
 from dschat_kit.runs import RunError, StageRun, cannot
 from dschat_kit.train.session import Session
 
-__all__ = ["main"]
+__all__ = ["main", "start_distributed"]
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 LOST = ("closed by peer", "reset by peer", "onnection closed", "Broken pipe", "remote process exited")
@@ -82,6 +82,11 @@ def _claim(run: StageRun, resume: bool) -> None:
 def _start(run: StageRun) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
+    start_distributed(run.pipeline.seed)
+
+
+def start_distributed(seed: int) -> None:
+    """Threads and process group of a rank; without a launcher, a job of one."""
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -95,7 +100,7 @@ def _start(run: StageRun) -> None:
     # Plain gloo is no slower than the shared-memory all-reduce that DeepSpeed would compile at first use.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if machine.accelerator == "cuda" else "gloo", verbose=False)
-    torch.manual_seed(run.pipeline.seed)
+    torch.manual_seed(seed)
 
 
 def _interrupt(number, _frame):
