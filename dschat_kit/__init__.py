@@ -21,7 +21,7 @@ READING_ORDER = (
     "engine.ds_config", "engine.engines", "engine.zero", "engine.rollout_types", "engine.sampling", "engine.attention",
     "engine.decode", "engine.parity", "engine.replica", "engine.hybrid", "engine.checkpoints",
     "train.session", "train.rank", "train.sft", "train.reward", "train.prompts", "train.ppo_metrics", "train.ppo",
-    "train.bench",
+    "train.bench", "train.bench_ppo",
     "chat", "bench",
     "notebook.processes", "notebook.lines", "notebook.report", "notebook.launch", "notebook.stage", "notebook.progress",
     "notebook.show", "notebook.tables", "notebook.plots", "notebook.monitor", "notebook.execute",

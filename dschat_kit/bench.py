@@ -19,7 +19,7 @@ ENGINES = ("kit", "hf", "hf_default", "deepspeed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `dschat bench rollout`."""
+    """The flags of `dschat bench rollout` and `dschat bench ppo`."""
     option = parser.add_argument
     option("--model", default="random:opt-125m", metavar="NAME", help="a folder, a Hub name or random:opt-125m (also "
            "llama, bloom, gpt-neox, qwen3)")
@@ -50,7 +50,7 @@ def run(args) -> int:
             raise ConfigError(f"--{name.replace('_', '-')}: got {getattr(args, name)}\n  expected: at least {least}")
     spec = {name: getattr(args, name) for name in ("model", "zero", "batch", "prompt_tokens", "new_tokens", "dtype",
                                                    "temperature", "live_parameters", "repeats")}
-    spec |= {"engines": engines, "seed": 0, **_texts(args)}
+    spec |= {"what": args.what, "engines": engines, "seed": 0, **_texts(args)}
     result = _launch(spec, args.ranks)
     every = {name: result["engines"].get(name) for name in ENGINES}
     ours = every["kit"]
@@ -98,7 +98,8 @@ def _launch(spec: dict, ranks: int) -> dict:
         path, port = Path(folder) / "spec.json", probe.getsockname()[1]
         write_json(path, spec)
         job = ["deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(port), "--module"]
-        command = [sys.executable, "-m", *(job if ranks > 1 else []), "dschat_kit.train.bench", str(path)]
+        module = "dschat_kit.train.bench" + ("_ppo" if spec["what"] == "ppo" else "")
+        command = [sys.executable, "-m", *(job if ranks > 1 else []), module, str(path)]
         probe.close()
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not path.with_suffix(".result").exists():
@@ -112,4 +113,4 @@ def _table(result: dict) -> str:
             f"{row['peak_anon_mb']:>9.0f} MB" for name, row in result["engines"].items() if row]
     ratios = [f"{name:<22}{value:.2f}" for name, value in result.items() if name.startswith("ratio_") and value]
     shares = [f"{name:<22}{value:.3g}" for name, value in result["roofline"].items()]
-    return "\n".join([*rows, *ratios, *shares, f"identical greedy tokens: {result['identical_greedy_tokens']}"])
+    return "\n".join([*rows, *ratios, *shares, f"path: {result['path']} ({result['reason']})"])

@@ -59,8 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="one JSON object on standard output")
     bench = command("bench", _bench, "measure ours and the peers on the same work")
     from dschat_kit.bench import add_arguments
-    add_arguments(bench.add_subparsers(required=True, metavar="WHAT", dest="what").add_parser(
-        "rollout", help="generation: the hybrid engine, transformers and DeepSpeed"))
+    what = bench.add_subparsers(required=True, metavar="WHAT", dest="what")
+    add_arguments(what.add_parser("rollout", help="generation: the hybrid engine, transformers and DeepSpeed"))
+    add_arguments(what.add_parser("ppo", help="a whole PPO iteration: ours and the same loop on plain transformers"))
     launch = command("launch", None, "prefix of a visible command: logs it, ends every rank with its cell")
     launch.add_argument("rest", nargs="*", metavar="-- deepspeed ...")
     return parser

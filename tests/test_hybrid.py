@@ -151,7 +151,7 @@ def test_a_model_without_finite_logits_or_without_a_cache_is_named():
     with torch.no_grad():
         broken.model.norm.weight.fill_(float("nan"))
     engine = engine_of(broken)
-    with pytest.raises(RunError, match="row . response token 0|row 0, response token 0"):
+    with pytest.raises(RunError, match="row 0, response token 0"):
         engine.generate(request(lengths=(6, 3)), SAMPLING)
     with pytest.raises(RunError, match="has no cache"):
         engine_of(torch.nn.Linear(2, 2))
@@ -166,8 +166,9 @@ def test_all_rows_may_end_at_their_first_token():
 @pytest.mark.slow
 def test_two_ranks_at_every_zero_stage(tmp_path):
     """One launch: stages 0-3, with and without adapters; see tests/hybrid_job.py for what is asserted."""
+    tests = Path(__file__).parent
     job = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29741",
-           str(Path(__file__).parent / "hybrid_job.py")]
-    done = subprocess.run(job, env=environment(), capture_output=True, text=True, timeout=500)
+           str(tests / "hybrid_job.py")]
+    done = subprocess.run(job, env=environment() | {"PYTHONPATH": f"{tests.parent}:{tests}"}, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     assert done.stdout.count("all is well") == 8

@@ -115,7 +115,7 @@ def test_advantages_are_whitened_over_all_ranks(roles, batch):
     assert abs(float(kept.mean())) < 1e-5 and abs(float(kept.square().mean()) - 1) < 1e-3
     moments = []
     experience_of(roles, batch, global_sum=lambda m: moments.append(m) or m)
-    names = ("input_ids", "attention_mask", "response_mask", "logprobs", "finished", "response_start_idx")
+    names = ("input_ids", "attention_mask", "response_mask", "logprobs", "entropy", "finished", "response_start_idx")
     for half in (slice(0, 3), slice(3, 6)):
         part = dataclasses.replace(batch, **{name: getattr(batch, name)[half] for name in names})
         shared = experience_of(roles, part, global_sum=lambda _: moments[0])

@@ -81,6 +81,8 @@ class HybridEngine(RolloutEngine):
         """The first prompts, greedily, against plain transformers; another answer means the plain path from now on."""
         try:
             difference = first_difference(model, request)
+        except RunError:  # no finite logits: the rollout itself says it, with the right row
+            return
         except NotImplementedError as error:
             difference = f"the model has {error}"
         self._checked = True

@@ -1,4 +1,4 @@
-"""One rank of `dschat bench rollout`: the same weights, prompts and lengths through our engine and its peers.
+"""One rank of `dschat bench`; here `rollout`: the same weights, prompts and lengths through our engine and its peers.
 
     deepspeed --num_gpus 2 --module dschat_kit.train.bench SPEC.json
 
@@ -33,7 +33,8 @@ from dschat_kit.models.loading import DTYPES, load_config
 from dschat_kit.runs import write_json
 from dschat_kit.train.rank import start_distributed
 
-__all__ = ["Work", "load_model", "peak_anon_mb", "roofline"]
+__all__ = ["Work", "current_device", "engines_of", "fastest", "layer_weights", "load_model", "main", "peak_anon_mb",
+           "roofline"]
 
 SHAPES = {
     "opt-125m": ("opt", dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, ffn_dim=3072,
@@ -171,10 +172,10 @@ def roofline(dtype: str, device) -> dict[str, float]:
 def engines_of(spec: dict, work: Work, engine, sharded: bool) -> dict:
     """{name: call}; `hf` is {variant: call}, of which the fastest is taken."""
     def hf(attention: str, cache: str):
-        def call() -> None:
+        def call() -> torch.Tensor:
             engine.module.set_attn_implementation(attention)
             static = dict(cache_implementation="static", disable_compile=True) if cache == "static" else {}
-            work.generate(engine.module, sharded, **static)
+            return work.generate(engine.module, sharded, **static)
         return call
 
     def peer() -> None:
@@ -198,6 +199,14 @@ def timed(function) -> float:
     return time.perf_counter() - start
 
 
+def fastest(calls: dict) -> str:
+    """Name of the call that takes least time, the same on every rank."""
+    warm = {name: timed(call) for name, call in calls.items()}
+    choice = [min(warm, key=warm.get)]
+    dist.broadcast_object_list(choice)
+    return choice[0]
+
+
 @torch.no_grad()
 def same_greedy_tokens(module, work: Work) -> bool:
     """Ours against plain transformers on a few rows, both in fp32 with these weights."""
@@ -219,9 +228,9 @@ def same_greedy_tokens(module, work: Work) -> bool:
 def rollout(spec: dict) -> dict:
     """The JSON of `dschat bench rollout`."""
     start_distributed(0)
-    rank, device = dist.get_rank(), torch.device(deepspeed.get_accelerator().current_device_name())
+    rank, device = dist.get_rank(), torch.device(current_device())
     model = load_model(spec["model"], spec["dtype"])
-    config, layer_weights = model.config, _layer_weights(model)
+    config, weights = model.config, layer_weights(model)
     sharding = {"stage": spec["zero"]}
     if spec["zero"] == 3 and spec["live_parameters"] is not None:
         live = spec["live_parameters"]
@@ -235,16 +244,14 @@ def rollout(spec: dict) -> dict:
     calls, hybrid = engines_of(spec, work, engine, spec["zero"] == 3)
     variant, peaks, seconds = None, {}, {name: [] for name in calls}
     if "hf" in calls:
-        warm = {name: timed(call) for name, call in calls["hf"].items()}
-        choice = [min(warm, key=warm.get)]
-        dist.broadcast_object_list(choice)
-        variant, calls["hf"] = choice[0], calls["hf"][choice[0]]
+        variant = fastest(calls["hf"])
+        calls["hf"] = calls["hf"][variant]
     for name, call in calls.items():  # also the warm-up of the others
         peaks[name] = peak_anon_mb(call)
     for _ in range(spec["repeats"]):
         for name, call in calls.items():
             seconds[name].append(timed(call))
-    flops, elements = work.cost(config, layer_weights)
+    flops, elements = work.cost(config, weights)
     peak = roofline(spec["dtype"], device)
     totals = torch.tensor([float(work.lengths.sum()), flops, elements, *peak.values()], dtype=torch.float64)
     dist.all_reduce(totals)
@@ -262,16 +269,26 @@ def rollout(spec: dict) -> dict:
             "roofline": {"matrix_gflops": gflops, "read_gb_per_s": bandwidth, **shares}}
 
 
-def _layer_weights(model) -> int:
+def current_device() -> str:
+    """The device of this rank."""
+    return deepspeed.get_accelerator().current_device_name()
+
+
+def layer_weights(model) -> int:
     """Weights that every fed token is multiplied with: all matrices but the embeddings and the head."""
     outside = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
     return sum(p.numel() for name, p in model.named_parameters()
                if p.dim() == 2 and id(p) not in outside and "embed" not in name and "wpe" not in name)
 
 
-if __name__ == "__main__":
+def main(measure) -> None:
+    """Run a measurement as one rank; the main rank writes what it returns beside the specification."""
     asked = next(Path(argument) for argument in sys.argv[1:] if argument.endswith(".json"))
-    result = rollout(json.loads(asked.read_text()))
+    result = measure(json.loads(asked.read_text()))
     if dist.get_rank() == 0:
         write_json(asked.with_suffix(".result"), result)
     dist.barrier()
+
+
+if __name__ == "__main__":
+    main(rollout)
