@@ -41,6 +41,7 @@ def check(stage: int, adapters: bool) -> None:
     twin = causal_lm("llama") if adapters else causal_lm("opt")
     pipeline = Pipeline().with_overrides([f"zero.stage={stage}", "model.dtype=fp32"])
     engine = build_engine(model, pipeline, lr=0.05, batch_size=4, micro_batch_size=2, world_size=2, grad_clip=1.0)
+    engine.train()
     hybrid = HybridEngine(engine, micro_batch_size=3)
     flags = [p.requires_grad for p in model.parameters()]
     asked = request(lengths=(3, 6, 4, 6, 5) if rank else (2, 5, 9, 1), seed=rank)  # different numbers of prompts

@@ -169,6 +169,7 @@ def test_two_ranks_at_every_zero_stage(tmp_path):
     tests = Path(__file__).parent
     job = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29741",
            str(tests / "hybrid_job.py")]
-    done = subprocess.run(job, env=environment() | {"PYTHONPATH": f"{tests.parent}:{tests}"}, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(job, env=environment() | {"PYTHONPATH": f"{tests.parent}:{tests}"}, capture_output=True,
+                          text=True, timeout=550)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     assert done.stdout.count("all is well") == 8
