@@ -73,7 +73,8 @@ class Work:
     def __init__(self, spec: dict, config, rank: int, device: torch.device):
         rng, B, new = np.random.default_rng((spec["seed"], rank)), spec["batch"], spec["new_tokens"]
         vocabulary, widths = config.vocab_size, [spec["prompt_tokens"]] * B
-        self.eos, self.pad, ids = config.eos_token_id or 1, config.pad_token_id or 0, spec.get("prompt_ids")
+        eos, ids = config.eos_token_id, spec.get("prompt_ids")
+        self.eos, self.pad = (eos[0] if isinstance(eos, list) else eos or 1), config.pad_token_id or 0
         if ids:
             chosen = [ids[int(i)][-spec["prompt_tokens"]:] for i in rng.integers(len(ids), size=B)]
             widths = [len(row) for row in chosen]
