@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--live-parameters", type=int, metavar="N", help="ZeRO-3: parameters kept gathered (DeepSpeed's default)")
     option("--engines", default=",".join(ENGINES), metavar="LIST")
     option("--repeats", type=int, default=5, metavar="N", help="timed rounds; the median counts")
-    option("--json", action="store_true", help="one JSON object on standard output")
+    option("--json", action="store_true", help="on one line")
 
 
 def run(args) -> int:
@@ -58,7 +58,7 @@ def run(args) -> int:
               if ours and every[name] else None for name in ENGINES[1:]}
     result = {**result, "engines": every, **ratios, "command": {**vars(args), "command": None},
               "load": os.getloadavg()[0]}
-    print(json.dumps(result, default=str) if args.json else _table(result))
+    print(json.dumps(result, default=str, indent=None if args.json else 2))
     return 0
 
 
@@ -106,11 +106,3 @@ def _launch(spec: dict, ranks: int) -> dict:
             said = (done.stdout + done.stderr)[-3000:]
             raise RunError(f"the measurement ended with exit code {done.returncode}\n{said}")
         return read_json(path.with_suffix(".result"))
-
-
-def _table(result: dict) -> str:
-    rows = [f"{name:<12}{row['tokens_per_second']:>10.1f} tokens/s{row['seconds']:>9.2f} s"
-            f"{row['peak_anon_mb']:>9.0f} MB" for name, row in result["engines"].items() if row]
-    ratios = [f"{name:<22}{value:.2f}" for name, value in result.items() if name.startswith("ratio_") and value]
-    shares = [f"{name:<22}{value:.3g}" for name, value in result["roofline"].items()]
-    return "\n".join([*rows, *ratios, *shares, f"path: {result['path']} ({result['reason']})"])

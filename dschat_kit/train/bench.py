@@ -25,7 +25,7 @@ from deepspeed.runtime.rollout.hybrid_engine_rollout import HybridEngineRollout
 from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor
 
 from dschat_kit.engine.attention import ATTENTION, KVSlots
-from dschat_kit.engine.decode import Plain, Slots, decode
+from dschat_kit.engine.decode import Slots, decode
 from dschat_kit.engine.hybrid import HybridEngine
 from dschat_kit.engine.replica import Replica
 from dschat_kit.engine.rollout_types import KitRequest, KitSampling
@@ -33,8 +33,7 @@ from dschat_kit.models.loading import DTYPES, load_config
 from dschat_kit.runs import write_json
 from dschat_kit.train.rank import start_distributed
 
-__all__ = ["Work", "current_device", "engines_of", "fastest", "layer_weights", "load_model", "main", "peak_anon_mb",
-           "roofline"]
+__all__ = ["Work", "engines_of", "fastest", "layer_weights", "load_model", "main", "peak_anon_mb", "roofline"]
 
 SHAPES = {
     "opt-125m": ("opt", dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, ffn_dim=3072,
@@ -214,22 +213,19 @@ def same_greedy_tokens(module, work: Work) -> bool:
     model = Replica(module, torch.float32).fill()
     request = KitRequest(work.prompts[:4], work.mask[:4])
     sampling = KitSampling(max_new_tokens=min(16, work.new), temperature=0.0, pad_token_id=work.pad)
-    ours = []
-    for attention in (ATTENTION, "sdpa"):
-        model.set_attn_implementation(attention)
-        width = work.prompts.shape[1] + sampling.max_new_tokens
-        steps = Slots(model, KVSlots(4, width)) if attention == ATTENTION else Plain(model, 4)
-        ours.append(decode(steps, request, sampling).input_ids)
+    model.set_attn_implementation(ATTENTION)
+    slots = KVSlots(4, work.prompts.shape[1] + sampling.max_new_tokens)
+    ours = decode(Slots(model, slots), request, sampling)
+    model.set_attn_implementation("sdpa")
     plain = model.generate(input_ids=request.prompt_ids, attention_mask=request.prompt_attention_mask.long(),
                            do_sample=False, max_new_tokens=sampling.max_new_tokens, eos_token_id=None,
                            pad_token_id=work.pad)
-    return bool(torch.equal(ours[0], plain))
+    return bool(torch.equal(ours.input_ids, plain))
 
 
 def rollout(spec: dict) -> dict:
     """The JSON of `dschat bench rollout`."""
-    start_distributed(0)
-    rank, device = dist.get_rank(), torch.device(current_device())
+    device, rank = start_distributed(0), dist.get_rank()
     model = load_model(spec["model"], spec["dtype"])
     config, weights = model.config, layer_weights(model)
     sharding = {"stage": spec["zero"]}
@@ -268,11 +264,6 @@ def rollout(spec: dict) -> dict:
     return {"engines": found, "hf_variant": variant, "identical_greedy_tokens": same, "useful_tokens": useful,
             "path": hybrid.path, "reason": hybrid.reason,
             "roofline": {"matrix_gflops": gflops, "read_gb_per_s": bandwidth, **shares}}
-
-
-def current_device() -> str:
-    """The device of this rank."""
-    return deepspeed.get_accelerator().current_device_name()
 
 
 def layer_weights(model) -> int:

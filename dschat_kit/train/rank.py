@@ -85,8 +85,8 @@ def _start(run: StageRun) -> None:
     start_distributed(run.pipeline.seed)
 
 
-def start_distributed(seed: int) -> None:
-    """Threads and process group of a rank; without a launcher, a job of one."""
+def start_distributed(seed: int) -> torch.device:
+    """Threads and process group of a rank; without a launcher, a job of one. Returns the rank's device."""
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -101,6 +101,7 @@ def start_distributed(seed: int) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if machine.accelerator == "cuda" else "gloo", verbose=False)
     torch.manual_seed(seed)
+    return torch.device(deepspeed.get_accelerator().current_device_name())
 
 
 def _interrupt(number, _frame):
