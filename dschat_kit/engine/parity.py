@@ -1,4 +1,6 @@
-"""Is the fast path the model? The first prompts, greedily, against plain transformers."""
+"""Is the fast path the model? The first prompts, greedily, against plain transformers: tokens and log-probabilities."""
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ __all__ = ["first_difference"]
 
 PROMPTS, TOKENS = 4, 8
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
-"""Largest difference of a layer's output, relative to its largest entry, that rounding explains."""
+"""Largest difference that rounding explains: of a log-probability in nats, of a layer relative to its largest entry."""
 
 
 @torch.no_grad()
@@ -26,55 +28,53 @@ def first_difference(model: nn.Module, request: KitRequest) -> str | None:
     limit = getattr(model.config, "max_position_embeddings", width + TOKENS)
     sampling = KitSampling(max_new_tokens=max(1, min(TOKENS, limit - width)), temperature=0.0)
     model.set_attn_implementation("sdpa")
-    plain = model.generate(input_ids=some.prompt_ids, attention_mask=some.prompt_attention_mask.long(), use_cache=True,
-                           do_sample=False, max_new_tokens=sampling.max_new_tokens, eos_token_id=None, pad_token_id=0)
-    expected = [_layers(model, lambda row=row, real=real: model(input_ids=row[real][None], use_cache=False))
-                for row, real in _real(plain, some)]
+    said = model.generate(input_ids=some.prompt_ids, attention_mask=some.prompt_attention_mask.long(), use_cache=True,
+                           do_sample=False, max_new_tokens=sampling.max_new_tokens, eos_token_id=None, pad_token_id=0,
+                          output_logits=True, return_dict_in_generate=True)
+    plain, best = said.sequences, torch.stack(said.logits, 1).float().log_softmax(-1).amax(-1)
     model.set_attn_implementation(ATTENTION)
     batch = decode(Slots(model, KVSlots(len(shortest), width + sampling.max_new_tokens)), some, sampling)
-    if torch.equal(batch.input_ids[:, width:], plain[:, width:]):
-        return None
-    return _locate(model, plain, some, sampling.max_new_tokens, expected)
+    close = float((batch.logprobs - best).abs().max()) <= TOLERANCE[next(model.parameters()).dtype]
+    return None if close and torch.equal(batch.input_ids, plain) else _locate(model, plain, some)
 
 
-def _real(plain: Tensor, request: KitRequest) -> list[tuple[Tensor, Tensor]]:
-    width = request.prompt_ids.shape[1]
-    masks = torch.ones_like(plain, dtype=torch.bool)
-    masks[:, :width] = request.prompt_attention_mask.bool()
-    return list(zip(plain, masks, strict=True))
-
-
-def _locate(model: nn.Module, plain: Tensor, request: KitRequest, new: int, expected: list) -> str | None:
-    """Feed the fast path the plain tokens and compare every layer's output at the positions of the new tokens."""
-    worst, tolerance = None, TOLERANCE[next(model.parameters()).dtype]
-    for (row, real), layers in zip(_real(plain, request), expected, strict=True):
-        tokens = row[real]
-        length, steps = len(tokens) - new, Slots(model, KVSlots(1, len(tokens)))
-        found = [_layers(model, lambda steps=steps, tokens=tokens, length=length: steps.admit([tokens[:length]], [0]))]
-        for place in range(length, len(tokens)):
-            position = torch.tensor([place], device=tokens.device)
-            found.append(_layers(model, lambda steps=steps, tokens=tokens, position=position:
-                                 steps.step(tokens[position], position)))
-        for layer, outputs in enumerate(zip(*found, strict=True)):
-            ours, theirs = torch.cat(outputs), layers[layer]
+def _locate(model: nn.Module, plain: Tensor, request: KitRequest) -> str | None:
+    """The first layer whose output differs when both ways are fed the plain tokens."""
+    width, tolerance, worst = request.prompt_ids.shape[1], TOLERANCE[next(model.parameters()).dtype], None
+    for row, mask in zip(plain, request.prompt_attention_mask.bool(), strict=True):
+        tokens = torch.cat([row[:width][mask], row[width:]])
+        model.set_attn_implementation("sdpa")
+        expected = _layers(model, partial(model, input_ids=tokens[None], use_cache=False))
+        model.set_attn_implementation(ATTENTION)
+        found = _layers(model, partial(_feed, model, tokens, int(mask.sum())))
+        for layer, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
             difference = float((ours - theirs).abs().max() / theirs.abs().max())
             if not difference <= tolerance and (worst is None or layer < worst[0]):
                 worst = layer, difference
     return worst and f"layer {worst[0]} differs from plain transformers by {worst[1]:.2g} of its largest entry"
 
 
+def _feed(model: nn.Module, tokens: Tensor, first: int) -> None:
+    """One row through the fast path: its `first` tokens as a prompt, the others one by one."""
+    steps = Slots(model, KVSlots(1, len(tokens)))
+    steps.admit([tokens[:first]], [0])
+    for place in torch.arange(first, len(tokens), device=tokens.device):
+        steps.step(tokens[place, None], place[None])
+
+
 def _layers(model: nn.Module, forward) -> list[Tensor]:
-    """The output (tokens, width) of every decoder layer in a forward pass over one row."""
-    outputs: list[Tensor] = []
+    """The outputs (tokens, width) of every decoder layer while `forward` feeds one row."""
     count = model.config.num_hidden_layers
     layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
+    outputs: list[list[Tensor]] = [[] for _ in layers]
 
-    def keep(_module, _inputs, output) -> None:
-        outputs.append((output[0] if isinstance(output, tuple) else output)[0].float())
-    handles = [layer.register_forward_hook(keep) for layer in layers]
+    def keep(place: int):
+        return lambda _module, _inputs, output: outputs[place].append(
+            (output[0] if isinstance(output, tuple) else output)[0].float())
+    handles = [layer.register_forward_hook(keep(place)) for place, layer in enumerate(layers)]
     try:
         forward()
     finally:
         for handle in handles:
             handle.remove()
-    return outputs
+    return [torch.cat(parts) for parts in outputs]
