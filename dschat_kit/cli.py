@@ -64,8 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     data = kinds.add_parser("data", help="rows a second, memory and first batch of the data stage")
     data.add_argument("--rows", type=int, default=10_000, metavar="N", help="synthetic preference rows of 200 tokens")
     data.add_argument("--tokenizer", metavar="PATH", help="a model folder (default: one trained as tiny's is)")
-    for kind in kinds.choices.values():
-        kind.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    data.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    from dschat_kit.bench import add_arguments
+    add_arguments(kinds.add_parser("rollout", help="generation: the hybrid engine, transformers and DeepSpeed"))
+    add_arguments(kinds.add_parser("ppo", help="a whole PPO iteration: ours and the same loop on plain transformers"))
     verify = command("verify", _verify, "PPO against the exact optimum of a world that can be enumerated")
     verify.add_argument("--world", choices=("bandit", "bigram"), default="bigram")
     for name, kind, text in (("vocab", int, "tokens (default: 4, bandit 10)"), ("length", int, "tokens of an answer"),
@@ -142,6 +144,9 @@ def _fetch(args) -> int:
 
 
 def _bench(args) -> int:
+    if args.kind != "data":
+        from dschat_kit.bench import run
+        return run(args)
     if args.rows < 1000:
         raise ConfigError(f"--rows: got {args.rows}\n  expected: 1000 or more\n  change:   --rows 10000")
     from dschat_kit.data.benchmark import bench_data

@@ -131,7 +131,16 @@ class Ppo(Section):
 @dataclass(frozen=True, kw_only=True)
 class Rollout(Section):
     micro_batch_size: int = bounded(64, least=1)
-    """Responses that one rank generates or scores at a time."""
+    """Responses that one rank generates or scores at a time; one that ends gives its place to the next prompt."""
+    reuse_logprobs: str = bounded("auto", one_of=("auto", "always", "never"))
+    """Whether PPO takes the log-probabilities that the sampler has seen instead of computing them again. auto does so
+    in fp32, where they agree to 1e-5; in bf16 they differ visibly (`first_ratio_max` says how much)."""
+    release_inference_cache: bool = True
+    """Free the weights and the key-value memory of generation before training goes on."""
+    max_out_tokens: int = bounded(0, least=0)
+    """Prompt and response together have at most so many tokens; 0 leaves it to the model's positions."""
+    inference_tp_size: int = bounded(1, one_of=(1,), why="every rank generates with whole weights; more ranks of a "
+                                     "model are not built yet")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -167,9 +167,10 @@ def test_the_models_learn(chain):
 
 def test_first_update_of_ppo_starts_where_the_rollout_was(chain):
     first, second = metrics(chain, "ppo")[:2]
-    assert first["first_ratio_max"] == pytest.approx(1, abs=1e-5) and abs(first["first_approx_kl"]) < 1e-5
-    assert first["kl"] == pytest.approx(0, abs=1e-5) and first["kl_k3"] == pytest.approx(0, abs=1e-5)
-    assert second["first_ratio_max"] == pytest.approx(1, abs=1e-5) and abs(second["kl"]) > 1e-4
+    assert first["first_ratio_max"] == pytest.approx(1, abs=1e-4) and abs(first["first_approx_kl"]) < 1e-5
+    assert first["kl"] == pytest.approx(0, abs=1e-4) and first["kl_k3"] == pytest.approx(0, abs=1e-5)
+    assert second["first_ratio_max"] == pytest.approx(1, abs=1e-4) and abs(second["kl"]) > 1e-4
+    assert json.loads((chain / "ppo" / "result.json").read_text())["rollout"]["path"] == "slots"
 
 
 def test_samples_are_there_before_during_and_after(chain):

@@ -45,7 +45,9 @@ def experience_of(roles, batch, global_sum=alone, **how):
 
 def test_micro_batches_change_nothing(roles, batch):
     one, six = (vars(scored_of(roles, batch, micro)) for micro in (1, 6))
-    assert all(torch.allclose(one[name], six[name], atol=1e-5) for name in one)
+    for name in one:
+        mask = batch.response_mask if one[name].dim() == 2 else slice(None)
+        assert torch.allclose(one[name][mask], six[name][mask], atol=1e-5), name
 
 
 def test_left_padding_changes_nothing(roles, batch):
@@ -64,8 +66,19 @@ def test_each_role_says_its_own(roles, batch):
     with torch.no_grad():
         assert torch.allclose(scored.scores, last_token(roles.reward(batch.input_ids, batch.attention_mask),
                                                         batch.attention_mask), atol=1e-5)
-        assert torch.allclose(scored.values, roles.critic(batch.input_ids, batch.attention_mask)[:, -A - 1:-1],
-                              atol=1e-5)
+        values = roles.critic(batch.input_ids, batch.attention_mask)[:, -A - 1:-1]
+        assert torch.allclose(scored.values[batch.response_mask], values[batch.response_mask], atol=1e-5)
+
+
+def test_the_sampler_is_believed_where_its_logprobs_are_handed_over(roles, batch):
+    again = scored_of(roles, batch)
+    A = batch.response_mask.shape[1]
+    handed = score_responses(dataclasses.replace(roles, actor=None), batch.input_ids, batch.attention_mask, A, 1.0, 2,
+                             sampled=(batch.logprobs, batch.entropy))
+    assert torch.equal(handed.logprobs, batch.logprobs) and torch.equal(handed.entropy, batch.entropy)
+    assert torch.allclose(handed.logprobs, again.logprobs, atol=1e-5)
+    assert torch.allclose(handed.entropy, again.entropy, atol=1e-4)
+    assert torch.equal(handed.ref_logprobs, again.ref_logprobs)
 
 
 def test_temperature_reaches_actor_and_ref(roles, batch):
@@ -73,7 +86,8 @@ def test_temperature_reaches_actor_and_ref(roles, batch):
     for model, found in ((roles.actor, cold.logprobs), (roles.ref, cold.ref_logprobs)):
         with torch.no_grad():
             logits = response_logits(model, batch.input_ids, batch.attention_mask, A)
-        assert torch.allclose(found, token_logprobs(logits / 0.5, batch.input_ids[:, -A:]), atol=1e-4)
+        expected = token_logprobs(logits / 0.5, batch.input_ids[:, -A:]) * batch.response_mask
+        assert torch.allclose(found, expected, atol=1e-4)
 
 
 def test_first_minibatch_has_ratio_1_and_a_policy_equal_to_ref_has_no_kl(roles, batch):
@@ -101,7 +115,7 @@ def test_advantages_are_whitened_over_all_ranks(roles, batch):
     assert abs(float(kept.mean())) < 1e-5 and abs(float(kept.square().mean()) - 1) < 1e-3
     moments = []
     experience_of(roles, batch, global_sum=lambda m: moments.append(m) or m)
-    names = ("input_ids", "attention_mask", "response_mask", "logprobs", "finished", "response_start_idx")
+    names = ("input_ids", "attention_mask", "response_mask", "logprobs", "entropy", "finished", "response_start_idx")
     for half in (slice(0, 3), slice(3, 6)):
         part = dataclasses.replace(batch, **{name: getattr(batch, name)[half] for name in names})
         shared = experience_of(roles, part, global_sum=lambda _: moments[0])

@@ -10,9 +10,10 @@ from dschat_kit.data.tokenizer import train_tokenizer
 
 VOCABULARY = 300
 SETTINGS = Model(hidden_size=32, layers=2, heads=4, intermediate_size=64, vocab_size=VOCABULARY, dtype="fp32")
+LLAMA = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+             intermediate_size=64, max_position_embeddings=128)
 SHAPES = {
-    "llama": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                  intermediate_size=64, max_position_embeddings=128),
+    "llama": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA, "gemma": LLAMA, "mistral": LLAMA | dict(sliding_window=7),
     "opt": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, max_position_embeddings=128,
                 word_embed_proj_dim=32),
     "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=128),
@@ -38,7 +39,7 @@ def causal_lm(architecture: str = "llama", seed: int = 0):
     torch.manual_seed(seed)
     config = AutoConfig.for_model(architecture, vocab_size=VOCABULARY, pad_token_id=0, eos_token_id=1,
                                   bos_token_id=None, **SHAPES[architecture])
-    for name in ("dropout", "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"):
+    for name in ("dropout", "attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"):
         if hasattr(config, name):
             setattr(config, name, 0.0)
     model = AutoModelForCausalLM.from_config(config).eval()

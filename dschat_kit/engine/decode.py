@@ -1,95 +1,190 @@
-"""The decode loop: left-padded prompts in, sampled tokens with their log-probabilities out.
+"""The decode loop: prompts in, sampled tokens with their log-probabilities out.
 
-Shapes: B sequences, P prompt, A response tokens, V vocabulary.
+Prompts are computed longest first, in groups of similar length; a row that has stopped gives its place to the next
+prompt at once (continuous batching), and n samples of a prompt share its computation. Two ways to compute a step:
+`Slots` for the families of engine/attention.py, `Plain` (transformers' own attention and cache) for every other model.
+
+Shapes: B sequences, P prompt, A response tokens, V vocabulary, n active rows.
 """
 
-from collections.abc import Callable
-
-import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
+from dschat_kit.engine.attention import KVSlots
 from dschat_kit.engine.rollout_types import KitBatch, KitRequest, KitSampling
+from dschat_kit.engine.sampling import row_uniforms, sample_tokens
 from dschat_kit.models.loading import accepts, model_inputs
 from dschat_kit.runs import RunError
 
-__all__ = ["decode", "row_uniforms", "sample_tokens"]
+__all__ = ["Plain", "Slots", "decode"]
+
+PREFILL_TOKENS = 4096
+"""Tokens of prompts, padding included, that one forward pass computes."""
 
 
-def row_uniforms(seeds: Tensor, length: int) -> Tensor:
-    """(B, length) uniform numbers in [0, 1), each row a function of its own seed alone."""
-    rows = [np.random.Generator(np.random.Philox(key=int(seed))).random(length) for seed in seeds.tolist()]
-    return torch.from_numpy(np.stack(rows))
+class Slots:
+    """Steps through `KVSlots`: rows of any length beside each other, places refilled one by one."""
+
+    def __init__(self, model: nn.Module, kv: KVSlots):
+        self.model, self.kv = model, kv
+        kv.clear()
+
+    @property
+    def rows(self) -> list[int]:
+        """Active rows in the order of the logits that `step` returns."""
+        return self.kv.rows
+
+    def room(self) -> int:
+        """Rows that can be admitted now; waiting for a few of them saves forward passes."""
+        free = self.kv.slots - len(self.rows)
+        return free if free >= self.kv.slots // 8 or not self.rows else 0
+
+    def admit(self, prompts: list[Tensor], rows: list[int]) -> Tensor:
+        """(len(prompts), V) logits of the first response tokens; `rows` holds every sample of each prompt."""
+        self.kv.place(rows)
+        ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+        last = torch.tensor([[len(prompt) - 1] for prompt in prompts], device=ids.device)
+        positions = torch.arange(ids.shape[1], device=ids.device)[None].expand(ids.shape)
+        return self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=last,
+                          cache=self.kv).logits[:, 0]
+
+    def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """(n, V) logits after feeding each active row its last token (n,), which stands at positions (n,)."""
+        self.kv.advance(positions)
+        return self.model(input_ids=tokens[:, None], position_ids=positions[:, None], use_cache=False,
+                          cache=self.kv).logits[:, 0]
+
+    def retire(self, stopped: list[int], used: int) -> None:
+        """Give the places of rows free; no row holds more than `used` tokens."""
+        for row in stopped:
+            self.kv.retire(row, used)
 
 
-def sample_tokens(logits: Tensor, uniforms: Tensor | None, sampling: KitSampling) -> tuple[Tensor, Tensor]:
-    """(tokens, logprobs), both (B,), from (B, V) logits by inverting the distribution function at `uniforms` (B,).
+class Plain:
+    """Steps through transformers' own attention and DynamicCache, left-padded: as many rows as one group has. Rows
+    that have stopped leave; new ones are admitted when all have."""
 
-    Log-probabilities are those of the distribution that was sampled, temperature and filters included.
-    """
-    if sampling.temperature == 0:
-        logprobs = logits.float().log_softmax(-1)
-        best, tokens = logprobs.max(-1)
-        return tokens, best
-    logprobs = _filtered(logits.float() / sampling.temperature, sampling).log_softmax(-1)
-    cumulative = logprobs.double().exp().cumsum(-1)
-    targets = (uniforms.to(logits.device) * cumulative[:, -1])[:, None]
-    tokens = torch.searchsorted(cumulative, targets, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
-    return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+    def __init__(self, model: nn.Module, slots: int):
+        self.model, self.slots, self.rows = model, slots, []
+
+    def room(self) -> int:
+        """Rows that can be admitted now."""
+        return 0 if self.rows else self.slots
+
+    def admit(self, prompts: list[Tensor], rows: list[int]) -> Tensor:
+        """As Slots.admit."""
+        self.rows, copies = list(rows), len(rows) // len(prompts)
+        ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side="left")
+        real = [torch.ones_like(prompt, dtype=torch.bool) for prompt in prompts]
+        mask = nn.utils.rnn.pad_sequence(real, batch_first=True, padding_side="left")
+        self.cache = DynamicCache(config=self.model.config)
+        logits = self._forward(ids, mask)
+        self.cache.batch_repeat_interleave(copies)
+        self.mask = mask.repeat_interleave(copies, 0)
+        return logits
+
+    def step(self, tokens: Tensor, positions: Tensor) -> Tensor:  # noqa: ARG002  the mask says where a row is
+        """As Slots.step."""
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+        return self._forward(tokens[:, None], self.mask)
+
+    def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        inputs = model_inputs(self.model, ids, mask)
+        if "position_ids" in inputs:
+            inputs["position_ids"] = inputs["position_ids"][:, -ids.shape[1]:]
+        keep_last = {"logits_to_keep": 1} if accepts(self.model, "logits_to_keep") else {}
+        return self.model(**inputs, past_key_values=self.cache, use_cache=True, **keep_last).logits[:, -1]
+
+    def retire(self, stopped: list[int], used: int) -> None:  # noqa: ARG002
+        """As Slots.retire."""
+        keep = [place for place, row in enumerate(self.rows) if row not in set(stopped)]
+        if stopped and keep:
+            index = torch.tensor(keep, device=self.mask.device)
+            self.cache.batch_select_indices(index)
+            self.mask = self.mask[index]
+        self.rows = [self.rows[place] for place in keep]
 
 
-def _filtered(logits: Tensor, sampling: KitSampling) -> Tensor:
-    if sampling.top_k > 0:
-        lowest = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < lowest, float("-inf"))
-    if sampling.top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        outside = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= sampling.top_p)
-        logits = logits.masked_fill(outside, float("-inf"))
-    return logits
+class _Responses:
+    """What has been sampled so far, by row."""
+
+    def __init__(self, request: KitRequest, sampling: KitSampling):
+        B, A, device = request.prompt_ids.shape[0], sampling.max_new_tokens, request.prompt_ids.device
+        self.sampling, self.lengths, n = sampling, request.row_lengths, sampling.n_samples_per_prompt
+        self.uniforms = row_uniforms(request.row_seeds, A, n).to(device) if sampling.temperature > 0 else None
+        self.stops = torch.tensor(sampling.stop_token_ids, dtype=torch.long, device=device)
+        self.tokens = torch.full((B * n, A), sampling.pad_token_id, dtype=torch.long, device=device)
+        self.logprobs, self.entropy = torch.zeros(2, B * n, A, device=device)
+        self.count = torch.zeros(B * n, dtype=torch.long, device=device)
+        self.finished = torch.zeros(B * n, dtype=torch.bool, device=device)
+
+    def take(self, rows: list[int], logits: Tensor) -> list[int]:
+        """Sample the next token of each row from logits (n, V); the rows that have stopped or are full."""
+        index = torch.tensor(rows, device=logits.device)
+        place, forced = self.count[index], None
+        if self.lengths is not None:
+            ends = place + 1 == self.lengths.to(index.device)[index]
+            forced = torch.where(ends, self.stops[0], -1)
+            logits[:, self.stops] = logits[:, self.stops].masked_fill(~ends[:, None], -1e9)
+        uniforms = None if self.uniforms is None else self.uniforms[index, place]
+        tokens, logprobs, entropy = sample_tokens(logits, uniforms, self.sampling, forced)
+        bad = ~torch.isfinite(logprobs)
+        if bad.any():
+            row, token = min(zip(index[bad].tolist(), place[bad].tolist(), strict=True))
+            raise RunError(f"the model gives no finite logits: row {row}, response token {token}\n"
+                           "  change: a lower learning rate, or model.dtype=fp32")
+        self.tokens[index, place], self.logprobs[index, place], self.entropy[index, place] = tokens, logprobs, entropy
+        self.count[index] += 1
+        stopped = torch.isin(tokens, self.stops)
+        if self.sampling.stop_strings:
+            said = (self.tokens[row, :count].tolist() for row, count in zip(rows, self.count[index], strict=True))
+            stopped |= torch.tensor([self.sampling.text_stops(text) for text in said], device=index.device)
+        self.finished[index] = stopped
+        ended = stopped | (self.count[index] == self.tokens.shape[1])
+        return index[ended].tolist()
+
+    def batch(self, request: KitRequest) -> KitBatch:
+        """All rows, in the order of the request, padded on the right to the longest response."""
+        used, n = int(self.count.max()), self.sampling.n_samples_per_prompt
+        mask = torch.arange(used, device=self.count.device) < self.count[:, None]
+        ids, prompt_mask = (tensor.repeat_interleave(n, 0) for tensor in
+                            (request.prompt_ids, request.prompt_attention_mask.bool()))
+        return KitBatch(input_ids=torch.cat([ids, self.tokens[:, :used]], 1),
+                        attention_mask=torch.cat([prompt_mask, mask], 1),
+                        response_start_idx=torch.full_like(self.count, ids.shape[1]), response_mask=mask,
+                        logprobs=self.logprobs[:, :used], entropy=self.entropy[:, :used], finished=self.finished)
 
 
 @torch.no_grad()
-def decode(model: nn.Module, request: KitRequest, sampling: KitSampling,
-           keep_going: Callable[[bool], bool]) -> KitBatch:
-    """Sample until every row has stopped or max_new_tokens are there.
+def decode(steps: Slots | Plain, request: KitRequest, sampling: KitSampling) -> KitBatch:
+    """Sample n_samples_per_prompt responses to each prompt; every one ends with a stop or max_new_tokens.
 
-    `keep_going(unfinished)` decides after each step: under ZeRO-3 every rank has to make the same number of forward
-    passes, so it asks all of them. Raises RunError naming row and step when the model gives no finite logits.
+    Raises RunError naming row and token when the model gives no finite logits.
     """
-    mask, device = request.prompt_attention_mask.bool(), request.prompt_ids.device
-    B, A = request.prompt_ids.shape[0], sampling.max_new_tokens
-    uniforms = row_uniforms(request.row_seeds, A).to(device) if sampling.temperature > 0 else None
-    stops = torch.tensor(sampling.stop_token_ids, device=device)
-    tokens = torch.full((B, A), sampling.pad_token_id, dtype=torch.long, device=device)
-    logprobs, kept = torch.zeros(B, A, device=device), torch.zeros(B, A, dtype=torch.bool, device=device)
-    running, cache, fed = torch.ones(B, dtype=torch.bool, device=device), None, request.prompt_ids
-    keep_last = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
-    for step in range(A):
-        inputs = model_inputs(model, fed, mask)
-        if "position_ids" in inputs:
-            inputs["position_ids"] = inputs["position_ids"][:, -fed.shape[1]:]
-        output = model(**inputs, past_key_values=cache, use_cache=True, **keep_last)
-        cache, logits = output.past_key_values, output.logits[:, -1]
-        chosen, chosen_logprobs = sample_tokens(logits, None if uniforms is None else uniforms[:, step], sampling)
-        _check_finite(chosen_logprobs, running, step)
-        tokens[:, step] = torch.where(running, chosen, tokens[:, step])
-        logprobs[:, step] = chosen_logprobs.masked_fill(~running, 0)
-        kept[:, step] = running
-        running = running & ~torch.isin(chosen, stops)
-        if not keep_going(bool(running.any())):
-            break
-        fed, mask = tokens[:, step:step + 1], torch.cat([mask, kept[:, step:step + 1]], dim=1)
-    used = step + 1
-    return KitBatch(input_ids=torch.cat([request.prompt_ids, tokens[:, :used]], dim=1),
-                    attention_mask=torch.cat([request.prompt_attention_mask.bool(), kept[:, :used]], dim=1),
-                    response_start_idx=torch.full((B,), request.prompt_ids.shape[1], device=device),
-                    response_mask=kept[:, :used], logprobs=logprobs[:, :used], finished=~running)
+    mask, n = request.prompt_attention_mask.bool(), sampling.n_samples_per_prompt
+    prompts = [ids[real] for ids, real in zip(request.prompt_ids, mask, strict=True)]
+    lengths, said = torch.tensor([len(prompt) for prompt in prompts], device=mask.device), _Responses(request, sampling)
+    waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    while waiting or steps.rows:
+        group = _group(waiting, prompts, steps.room() // n)
+        if group:
+            rows = [i * n + sample for i in group for sample in range(n)]
+            logits = steps.admit([prompts[i] for i in group], rows).repeat_interleave(n, 0)
+        else:
+            rows = steps.rows
+            index = torch.tensor(rows, device=lengths.device)
+            place = said.count[index] - 1
+            logits = steps.step(said.tokens[index, place], lengths[index // n] + place)
+        used = max(len(prompts[row // n]) for row in steps.rows) + int(said.count.max())
+        steps.retire(said.take(rows, logits), used)
+    return said.batch(request)
 
 
-def _check_finite(logprobs: Tensor, running: Tensor, step: int) -> None:
-    bad = ~torch.isfinite(logprobs) & running
-    if bad.any():
-        raise RunError(f"the model gives no finite logits: row {int(bad.nonzero()[0])}, response token {step}\n"
-                       "  change: a lower learning rate, or model.dtype=fp32")
+def _group(waiting: list[int], prompts: list[Tensor], room: int) -> list[int]:
+    """Take the next prompts of similar length off the waiting list: at most `room`, PREFILL_TOKENS in all."""
+    if not waiting or room == 0:
+        return []
+    count = min(room, max(1, PREFILL_TOKENS // len(prompts[waiting[0]])))
+    group, waiting[:] = waiting[:count], waiting[count:]
+    return group

@@ -1,61 +1,136 @@
-"""One model that trains under ZeRO and generates: the actor behind DeepSpeed's RolloutEngine interface."""
+"""The hybrid engine: one model that trains under ZeRO and generates, behind DeepSpeed's RolloutEngine interface.
+
+A rollout gathers the weights once into a replica (engine/replica.py), decodes with memory that the engine owns
+(engine/decode.py), and lets go of both where the configuration asks for it. What DeepSpeed holds is only read.
+"""
 
 import deepspeed
+import psutil
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from deepspeed.runtime.rollout.base import RolloutEngine
 
-from dschat_kit.engine.decode import decode
+from dschat_kit.engine.attention import ATTENTION, FAMILIES, KVSlots, kv_bytes_per_token
+from dschat_kit.engine.decode import Plain, Slots, decode
+from dschat_kit.engine.parity import first_difference
+from dschat_kit.engine.replica import Replica
 from dschat_kit.engine.rollout_types import KitBatch, KitRequest, KitSampling
+from dschat_kit.machine import detect
+from dschat_kit.models.loading import accepts
+from dschat_kit.runs import RunError
 
-__all__ = ["HybridEngine", "join_batches"]
+__all__ = ["HybridEngine"]
 
 
 class HybridEngine(RolloutEngine):
-    """Generates with the weights that are being trained; leaves the module in the mode in which it was found."""
+    """Generates with the weights that are being trained.
+
+    `micro_batch_size` responses are decoded at a time. `release_inference_cache` frees replica and KV memory after
+    each rollout; without it both stay for the next. `max_out_tokens` bounds prompt and response together (0: the
+    model's positions do), as in DeepSpeed. `path` says how steps are computed, `reason` why.
+    """
     name = "dschat_kit"
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, *, micro_batch_size: int):
-        self.engine, self.micro_batch_size = engine, micro_batch_size
-        self._sharded = engine.zero_optimization_stage() == 3
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, *, micro_batch_size: int,
+                 release_inference_cache: bool = True, max_out_tokens: int = 0):
+        self.engine, self.slots, self.max_out_tokens = engine, micro_batch_size, max_out_tokens
+        self.release_inference_cache, self._kv, self._checked = release_inference_cache, None, False
+        module = engine.module
+        if not accepts(module, "past_key_values"):
+            raise RunError(f"{type(module).__name__} has no cache of keys and values\n"
+                           "  expected: a causal language model that takes past_key_values\n  change: model.name")
+        dtype = next(module.parameters()).dtype
+        if dtype == torch.bfloat16 and engine.device.type == "cpu" and not detect().bf16:
+            dtype = torch.float32  # emulated bf16 is several times slower, and no more exact
+        self.replica, family = Replica(module, dtype), module.config.model_type
+        known = family in FAMILIES
+        self.path = "slots" if known else "plain"
+        self.reason = f"{family} is known" if known else f"{family} is not one of {', '.join(FAMILIES)}"
 
     def generate(self, request: KitRequest, sampling: KitSampling) -> KitBatch:
-        """Sample one response a prompt. Under ZeRO-3 every rank has to bring the same number of prompts."""
-        training = self.engine.module.training
-        self.engine.module.eval()
+        """Sample responses to this rank's prompts. Every rank has to call it; what is wrong on one is raised on all."""
+        self._agree(self._problem(request, sampling))
         try:
-            parts = [decode(self.engine.module, part, sampling, self._keep_going)
-                     for part in _slices(request, self.micro_batch_size)]
+            model = self.replica.fill()
+            if not self._checked and self.path == "slots":
+                self._check(model, request)
+            batch, problem = self._decode(model, request, sampling), None
+        except RunError as error:  # of the decode loop, on this rank: the others have to hear of it
+            batch, problem, self._kv = None, error, None
         finally:
-            self.engine.module.train(training)
-        return join_batches(parts, sampling)
+            if self.release_inference_cache:
+                self.shutdown()
+        self._agree(problem)
+        return batch
+
+    def _decode(self, model, request: KitRequest, sampling: KitSampling) -> KitBatch:
+        rows = request.prompt_ids.shape[0] * sampling.n_samples_per_prompt
+        slots = min(rows, max(self.slots, sampling.n_samples_per_prompt))
+        if self.path == "plain":
+            model.set_attn_implementation("sdpa")
+            return decode(Plain(model, slots), request, sampling)
+        model.set_attn_implementation(ATTENTION)
+        longest = int(request.prompt_attention_mask.sum(1).max()) + sampling.max_new_tokens
+        if self._kv is None or self._kv.slots < slots or self._kv.length < longest:
+            self._kv = None
+            self._check_memory(slots, longest, request.prompt_ids.device)
+            self._kv = KVSlots(slots, longest)
+        return decode(Slots(model, self._kv), request, sampling)
+
+    def _check(self, model, request: KitRequest) -> None:
+        """The first prompts, greedily, against plain transformers; another answer means the plain path from now on."""
+        try:
+            difference = first_difference(model, request)
+        except RunError:  # no finite logits: the rollout itself says it, with the right row
+            return
+        except NotImplementedError as error:
+            difference = f"the model has {error}"
+        self._checked = True
+        self.path = "plain" if difference else "slots"
+        self.reason = difference or "greedy tokens equal those of plain transformers"
+        print(f"rollout: path {self.path}: {self.reason}", flush=True)
+
+    def _problem(self, request: KitRequest, sampling: KitSampling) -> RunError | None:
+        if not len(request.prompt_ids):
+            return RunError("got no prompts on this rank\n  expected: at least one\n"
+                            "  change: ppo.rollout_batch_size, or the number of ranks")
+        if not request.prompt_attention_mask.any(1).all():
+            row = int((~request.prompt_attention_mask.bool().any(1)).nonzero()[0])
+            return RunError(f"prompt {row} is empty\n  expected: at least one token\n  change: the prompts")
+        if sampling.temperature > 0 and request.row_seeds is None:
+            return RunError("got no row_seeds\n  expected: one a prompt\n  change: give them, or temperature=0")
+        longest, new = int(request.prompt_attention_mask.sum(1).max()), sampling.max_new_tokens
+        limit = min(self.max_out_tokens or 10**9, getattr(self.replica.model.config, "max_position_embeddings", 10**9))
+        if longest + new > limit:
+            return RunError(f"a prompt of {longest} tokens and {new} new ones make {longest + new}\n"
+                            f"  expected: at most {limit}, the model's positions or rollout.max_out_tokens\n"
+                            "  change: data.max_prompt_tokens, sampling.max_new_tokens or rollout.max_out_tokens")
+        return None
+
+    def _check_memory(self, slots: int, length: int, device: torch.device) -> None:
+        row = length * kv_bytes_per_token(self.replica.model.config, self.replica.dtype)
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        if slots * row > free:
+            raise RunError(f"keys and values of {slots} rows of {length} tokens take {slots * row / 2**30:.1f} GB\n"
+                           f"  expected: at most {free / 2**30:.1f} GB, which {free // row} rows would fit\n"
+                           f"  change: rollout.micro_batch_size={max(free // row, 1)}")
+
+    def _agree(self, problem: RunError | None) -> None:
+        """Raise on every rank what is wrong on any."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            if problem:
+                raise problem
+            return
+        found: list = [None] * dist.get_world_size()
+        dist.all_gather_object(found, problem and str(problem))
+        for rank, text in enumerate(found):
+            if text:
+                raise RunError(f"rank {rank}: {text}")
 
     def sync_weights(self, step: int) -> None:
-        """Nothing to do: training and generation share their parameters."""
+        """Nothing to do: each rollout brings the replica up to date."""
 
-    def _keep_going(self, unfinished: bool) -> bool:
-        if not self._sharded:
-            return unfinished
-        flag = torch.tensor([float(unfinished)], device=self.engine.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
-
-
-def _slices(request: KitRequest, size: int):
-    for start in range(0, request.prompt_ids.shape[0], size):
-        rows = slice(start, start + size)
-        yield KitRequest(prompt_ids=request.prompt_ids[rows], prompt_attention_mask=request.prompt_attention_mask[rows],
-                         row_seeds=None if request.row_seeds is None else request.row_seeds[rows])
-
-
-def join_batches(parts: list[KitBatch], sampling: KitSampling) -> KitBatch:
-    """One batch of several with the same prompt width, padded on the right to the longest response."""
-    width = max(part.response_mask.shape[1] for part in parts)
-
-    columns = {"input_ids": sampling.pad_token_id, "attention_mask": 0, "response_mask": 0, "logprobs": 0}
-    joined = {name: torch.cat([F.pad(getattr(part, name), (0, width - part.response_mask.shape[1]), value=fill)
-                               for part in parts]) for name, fill in columns.items()}
-    return KitBatch(**joined,
-                    finished=torch.cat([part.finished for part in parts]),
-                    response_start_idx=torch.cat([part.response_start_idx for part in parts]))
+    def shutdown(self) -> None:
+        """Free the KV memory and every weight that the replica does not share."""
+        self.replica.release()
+        self._kv = None

@@ -1,4 +1,4 @@
-"""DeepSpeed's rollout types with what PPO needs on top: seeds, stop tokens, log-probabilities, finished rows."""
+"""DeepSpeed's rollout types with what PPO needs on top: seeds, stops, log-probabilities, finished rows."""
 
 from dataclasses import dataclass
 
@@ -14,6 +14,8 @@ class KitRequest(RolloutRequest):
     """B prompts, padded on the left."""
     row_seeds: Tensor | None = None
     """(B,) int64: a row with the same seed and prompt gets the same tokens, whatever its batch mates"""
+    row_lengths: Tensor | None = None
+    """(B * n_samples_per_prompt,): responses are made to end with the first stop token after exactly so many tokens"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -25,23 +27,41 @@ class KitRequest(RolloutRequest):
 @dataclass
 class KitSampling(SamplingConfig):
     """temperature 0 is greedy; everything else samples."""
+    min_p: float = 0.0
+    """Tokens less likely than so many times the likeliest are dropped; 0 drops none"""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a response and belong to it"""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a response with the token that completes them; they need `tokenizer`"""
+    tokenizer: object = None
     pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        if self.stop_strings and self.tokenizer is None:
+            raise ValueError("stop_strings: got no tokenizer, expected one that decodes what is searched")
+
+    def text_stops(self, tokens: list[int]) -> bool:
+        """Whether a response that ends with `tokens` has just completed a stop string."""
+        if not self.stop_strings:
+            return False
+        tail = tokens[-max(len(text.encode()) for text in self.stop_strings) - 1:]
+        return any(text in self.tokenizer.decode(tail) for text in self.stop_strings)
 
 
 @dataclass
 class KitBatch(RolloutBatch):
-    """(B, T) sequences; responses are the last A columns."""
+    """(B, T) sequences; responses are the last A columns. B counts every sample of every prompt."""
     response_mask: Tensor = None
     """(B, A) bool: real response tokens, the stop token included"""
     logprobs: Tensor = None
     """(B, A) of the sampled tokens at the sampling temperature, 0 outside the mask"""
+    entropy: Tensor = None
+    """(B, A) of the distribution each token was sampled from, in nats, 0 outside the mask"""
     finished: Tensor = None
-    """(B,) bool: ended with a stop token within max_new_tokens"""
+    """(B,) bool: ended with a stop within max_new_tokens"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         B, A = self.response_mask.shape
-        assert self.logprobs.shape == (B, A) and self.finished.shape == (B,) and B == self.input_ids.shape[0]
-        assert self.response_mask.dtype == self.finished.dtype == torch.bool
+        assert self.logprobs.shape == self.entropy.shape == (B, A) and self.finished.shape == (B,)
+        assert B == self.input_ids.shape[0] and self.response_mask.dtype == self.finished.dtype == torch.bool

@@ -19,8 +19,8 @@ from dschat_kit.config import ConfigError, Model
 from dschat_kit.data.tokenizer import pad_id_of
 from dschat_kit.runs import RunError
 
-__all__ = ["DTYPES", "accepts", "can_pack", "check_length", "load_causal_lm", "load_config", "load_pretrained",
-           "model_inputs", "quiet_loading", "response_logits", "save_folder"]
+__all__ = ["DTYPES", "accepts", "can_pack", "check_length", "left_aligned", "load_causal_lm", "load_config",
+           "load_pretrained", "model_inputs", "quiet_loading", "response_columns", "response_logits", "save_folder"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CAUSAL = ("ForCausalLM", "LMHeadModel")
@@ -133,16 +133,37 @@ def can_pack(model: nn.Module) -> bool:
     return bool(torch.equal(logits[0], logits[1]))
 
 
-def model_inputs(model: nn.Module, sequences: Tensor, attention_mask: Tensor,
+def model_inputs(model: nn.Module, sequences: Tensor, attention_mask: Tensor | None,
                  packed_positions: Tensor | None = None) -> dict[str, Tensor]:
-    """Keyword arguments of a forward pass. Positions count real tokens only, so left padding changes nothing; those of
-    packed rows say where each begins (only without a cache: a model with one believes that it goes on)."""
+    """Keyword arguments of a forward pass. Positions count real tokens only, so left padding changes nothing; without
+    a mask, sequences begin in the first column. Those of packed rows say where each begins (only without a cache: a
+    model with one believes that it goes on)."""
     if packed_positions is not None:
         return {"input_ids": sequences, "position_ids": packed_positions}
+    if attention_mask is None:
+        return {"input_ids": sequences}
     inputs = {"input_ids": sequences, "attention_mask": attention_mask}
     if accepts(model, "position_ids"):
         inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     return inputs
+
+
+def left_aligned(sequences: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B, longest) the real tokens of each row from the first column on; what stands behind them means nothing.
+
+    A causal model needs no mask for such rows: no real token looks at what comes after it.
+    """
+    longest = int(attention_mask.sum(1).max())
+    columns = attention_mask.int().argmax(1, keepdim=True) + torch.arange(longest, device=sequences.device)
+    return sequences.gather(1, columns.clamp(max=sequences.shape[1] - 1))
+
+
+def response_columns(attention_mask: Tensor, response_length: int) -> Tensor:
+    """(B, A) columns of `left_aligned` rows where each of the last `response_length` tokens is predicted; those of
+    padding lie anywhere inside."""
+    places = torch.arange(response_length, device=attention_mask.device) - 1
+    columns = attention_mask[:, :-response_length].sum(1, keepdim=True) + places
+    return columns.clamp(max=int(attention_mask.sum(1).max()) - 1)
 
 
 def response_logits(model: nn.Module, sequences: Tensor, attention_mask: Tensor, response_length: int) -> Tensor:

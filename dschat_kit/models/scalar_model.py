@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dschat_kit.config import ConfigError, Model
-from dschat_kit.models.loading import load_config, load_pretrained, model_inputs
+from dschat_kit.models.loading import left_aligned, load_config, load_pretrained, model_inputs, response_columns
 
-__all__ = ["ScalarModel", "last_token", "load_scalar_model", "response_values", "scalars"]
+__all__ = ["ScalarModel", "last_token", "load_scalar_model", "response_scores", "response_values", "scalars"]
 
 
 def last_token(values: Tensor, attention_mask: Tensor) -> Tensor:
@@ -38,8 +38,9 @@ class ScalarModel(nn.Module):
         self.shift = float(getattr(classifier.config, "score_shift", 0.0))
         self.scale = float(getattr(classifier.config, "score_scale", 1.0))
 
-    def forward(self, sequences: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, T) fp32 scalars; the one at the last real token is the score of a response."""
+    def forward(self, sequences: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """(B, T) fp32 scalars; the one at the last real token is the score of a response. Rows that begin in the first
+        column need no mask."""
         backbone = getattr(self.classifier, self.classifier.base_model_prefix)
         return (scalars(backbone, self.classifier.score, sequences, attention_mask) - self.shift) * self.scale
 
@@ -52,7 +53,14 @@ class ScalarModel(nn.Module):
 
 def response_values(critic: nn.Module, sequences: Tensor, attention_mask: Tensor, response_length: int) -> Tensor:
     """(B, A) values before each of the last `response_length` tokens: V(s_t) is read where token t is predicted."""
-    return critic(sequences, attention_mask)[:, -response_length - 1:-1]
+    values = critic(left_aligned(sequences, attention_mask), None)
+    return values.gather(1, response_columns(attention_mask, response_length))
+
+
+def response_scores(reward: nn.Module, sequences: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B,) the scalar at the last real token of each sequence."""
+    values = reward(left_aligned(sequences, attention_mask), None)
+    return values.gather(1, attention_mask.sum(1, keepdim=True) - 1).squeeze(1)
 
 
 def load_scalar_model(source: str | Path, settings: Model, seed: int, new_head: bool,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dschat_kit.config import STAGES
 from dschat_kit.metrics import read_metrics
-from dschat_kit.runs import RunError, StageRun, open_run
+from dschat_kit.runs import RunError, StageRun, open_run, read_json
 
 __all__ = ["Check", "render", "run_checks"]
 
@@ -135,7 +135,7 @@ def run_checks(run_root: Path) -> list[Check]:
         try:
             checks.append(_status(run))
             rows = read_metrics(run.metrics_path)
-            checks += [*_missing_numbers(stage, rows), *_wrong_numbers(run, rows)]
+            checks += [*_missing_numbers(stage, rows), *_wrong_numbers(run, rows), *_rollout(run)]
         except (RunError, json.JSONDecodeError, UnicodeDecodeError) as error:
             checks.append(Check(name=stage, state="fail", found=f"unreadable file in {run.path}: {error}",
                                 cure=f"make the stage anew with `dschat {stage} --fresh --run-root '{root}'`"))
@@ -175,6 +175,15 @@ def _missing_numbers(stage: str, rows: list[dict]) -> Iterator[Check]:
     if steps != sorted(steps):
         yield Check(name=f"{stage} metrics", state="warn", found="steps do not rise in metrics.jsonl",
                     cure="two jobs wrote into one folder: make the stage anew with --fresh")
+
+
+def _rollout(run: StageRun) -> Iterator[Check]:
+    """How PPO generated, and what the comparison with plain transformers said."""
+    said = read_json(run.path / "result.json").get("rollout") if (run.path / "result.json").exists() else None
+    if said:
+        yield Check(name=f"{run.stage} rollout", state="ok" if said["path"] == "slots" else "warn",
+                    found=f"path {said['path']}: {said['reason']}", cure="" if said["path"] == "slots" else
+                    "nothing is wrong, but generation is slower than it could be: report the model's family")
 
 
 def _wrong_numbers(run: StageRun, rows: list[dict]) -> Iterator[Check]:

@@ -54,6 +54,10 @@ class Experience:
         index = torch.as_tensor(rows, device=self.sequences.device)
         return Experience(**{f.name: getattr(self, f.name)[index] for f in dataclasses.fields(self)})
 
+    def by_length(self) -> "Experience":
+        """The same rows, those of similar length side by side, so that little of a micro batch is padding."""
+        return self.select(self.attention_mask.sum(1).argsort(stable=True))
+
     def split(self, size: int) -> "Iterator[Experience]":
         """Consecutive parts of at most `size` rows."""
         for start in range(0, len(self), size):

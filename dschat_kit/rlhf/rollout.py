@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from dschat_kit.config import Ppo
-from dschat_kit.models.loading import response_logits
-from dschat_kit.models.scalar_model import last_token, response_values
+from dschat_kit.models.scalar_model import response_scores, response_values
 from dschat_kit.rlhf.experience import Experience
-from dschat_kit.rlhf.losses import entropy_of, token_logprobs
+from dschat_kit.rlhf.logprobs import response_logprobs
 from dschat_kit.rlhf.rewards import ADVANTAGES, clip_scores, compute_rewards, masked_moments, whiten
 
 __all__ = ["Roles", "Scored", "make_experience", "score_responses"]
@@ -42,21 +41,24 @@ class Scored:
 
 @torch.no_grad()
 def score_responses(roles: Roles, sequences: Tensor, attention_mask: Tensor, response_length: int, temperature: float,
-                    micro_batch_size: int) -> Scored:
-    """One pass of each role over (B, T) sequences, micro_batch_size rows at a time."""
-    parts, A = [], response_length
-    for start in range(0, sequences.shape[0], micro_batch_size):
-        rows = slice(start, start + micro_batch_size)
+                    micro_batch_size: int, sampled: tuple[Tensor, Tensor] | None = None) -> Scored:
+    """One pass of each role over (B, T) sequences, micro_batch_size rows of similar length at a time.
+
+    `sampled` holds the sampler's (logprobs, entropy), each (B, A), where they are to be used again: the actor's pass is
+    then left out. Sequences are prompts padded on the left with responses padded on the right.
+    """
+    order, parts, A = attention_mask.sum(1).argsort(stable=True), [], response_length
+    for rows in order.split(micro_batch_size):
         tokens, mask = sequences[rows], attention_mask[rows]
-        logits = response_logits(roles.actor, tokens, mask, A)
-        ref_logits = response_logits(roles.ref, tokens, mask, A)
-        parts.append(Scored(logprobs=token_logprobs(logits, tokens[:, -A:], temperature),
-                            ref_logprobs=token_logprobs(ref_logits, tokens[:, -A:], temperature),
-                            entropy=entropy_of(logits, temperature),
+        logprobs, entropy = ([part[rows] for part in sampled] if sampled else
+                             response_logprobs(roles.actor, tokens, mask, A, temperature))
+        parts.append(Scored(logprobs=logprobs, entropy=entropy,
+                            ref_logprobs=response_logprobs(roles.ref, tokens, mask, A, temperature)[0],
                             values=response_values(roles.critic, tokens, mask, A) if roles.critic is not None else
                             torch.zeros(tokens.shape[0], A, device=tokens.device),
-                            scores=last_token(roles.reward(tokens, mask), mask)))
-    return Scored(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
+                            scores=response_scores(roles.reward, tokens, mask)))
+    back = order.argsort()
+    return Scored(**{name: torch.cat([getattr(part, name) for part in parts])[back] for name in vars(parts[0])})
 
 
 def make_experience(sequences: Tensor, attention_mask: Tensor, response_mask: Tensor, finished: Tensor, scored: Scored,

@@ -107,8 +107,9 @@ class WorldReward(nn.Module):
         self.register_buffer("token_rewards", torch.cat([world.token_rewards,
                                                          torch.zeros(world.prompts, world.prompts)], 1).float())
 
-    def forward(self, sequences: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, T) scores."""
+    def forward(self, sequences: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """(B, T) scores. Rows that begin in the first column need no mask."""
+        attention_mask = torch.ones_like(sequences) if attention_mask is None else attention_mask
         prompt = (sequences * attention_mask).amax(1) - self.vocab
         return (self.token_rewards[prompt[:, None], sequences] * attention_mask).cumsum(1)
 

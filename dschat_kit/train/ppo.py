@@ -5,8 +5,7 @@
 Four roles: actor (trained, from SFT), critic (trained, from the reward model), ref (frozen SFT), reward (frozen).
 One iteration: 1. the actor answers a batch of prompts  2. all roles look at the answers  3. rewards less the KL
 penalty, GAE, whitening over all ranks  4. ppo_epochs passes of clipped updates in minibatches. Schulman et al. 2017
-(1707.06347), Ouyang et al. 2022 (2203.02155). Left out on purpose: reuse of the sampler's log-probabilities (they are
-recomputed, so the first ratio is 1).
+(1707.06347), Ouyang et al. 2022 (2203.02155).
 """
 
 import dataclasses
@@ -24,16 +23,17 @@ from dschat_kit.engine.hybrid import HybridEngine
 from dschat_kit.engine.rollout_types import KitBatch, KitRequest, KitSampling
 from dschat_kit.engine.shared import Role, SharedModel
 from dschat_kit.engine.zero import sharded_loading
-from dschat_kit.models.loading import check_length, load_causal_lm, model_inputs, response_logits
+from dschat_kit.models.loading import check_length, load_causal_lm, model_inputs
 from dschat_kit.models.lora import add_adapters
 from dschat_kit.models.scalar_model import load_scalar_model, response_values
 from dschat_kit.rlhf.experience import Experience
-from dschat_kit.rlhf.losses import policy_loss, sft_loss, token_logprobs, value_loss
+from dschat_kit.rlhf.logprobs import response_logprobs
+from dschat_kit.rlhf.losses import policy_loss, sft_loss, value_loss
 from dschat_kit.rlhf.rewards import next_kl_coef
 from dschat_kit.rlhf.rollout import Roles, Scored, make_experience, score_responses
 from dschat_kit.runs import open_run
 from dschat_kit.train.ppo_metrics import Clock, add_metrics, rollout_metrics, summary, work_of
-from dschat_kit.train.prompts import PromptFeed, TextFeed, evaluate, sample_lines, sampling_of
+from dschat_kit.train.prompts import PromptFeed, TextFeed, evaluate, reused, sample_lines, sampling_of
 from dschat_kit.train.rank import main
 from dschat_kit.train.session import Session
 
@@ -44,7 +44,9 @@ def train(session: Session) -> dict:
     data, tokenizer, pad_id = session.prepare_data()
     sampling = sampling_of(pipeline, tokenizer, pad_id)
     roles = build_roles(session, tokenizer)
-    hybrid = HybridEngine(roles.actor, micro_batch_size=pipeline.rollout.micro_batch_size)
+    hybrid = HybridEngine(roles.actor, micro_batch_size=pipeline.rollout.micro_batch_size,
+                          release_inference_cache=pipeline.rollout.release_inference_cache,
+                          max_out_tokens=pipeline.rollout.max_out_tokens)
     held_out = PromptFeed(TokenRows(data, "eval"), settings.eval_prompts, pipeline.seed, pad_id, session, unique=True)
     feed = PromptFeed(TokenRows(data, "ppo"), settings.rollout_batch_size, pipeline.seed, pad_id, session,
                       samples=settings.samples_per_prompt)
@@ -84,7 +86,8 @@ def train(session: Session) -> dict:
     session.export(roles.actor.module, tokenizer)
     if ema:
         session.export(roles.actor.module, tokenizer, ema.state_dict(), "ema")
-    return summary(state["before"], after, state, settings.max_steps)
+    rollout = {"path": hybrid.path, "reason": hybrid.reason}
+    return summary(state["before"], after, state, settings.max_steps) | {"rollout": rollout}
 
 
 def iterate(session: Session, roles: Roles, hybrid: HybridEngine, request: KitRequest, sampling: KitSampling,
@@ -97,7 +100,8 @@ def iterate(session: Session, roles: Roles, hybrid: HybridEngine, request: KitRe
 
     # 2. All four roles look at the answers.
     scored = score_responses(roles, batch.input_ids, batch.attention_mask, batch.response_mask.shape[1],
-                             sampling.temperature, session.pipeline.rollout.micro_batch_size)
+                             sampling.temperature, session.pipeline.rollout.micro_batch_size,
+                             reused(session.pipeline, batch))
 
     # 3. Scores less the KL penalty become rewards; rewards and values become advantages and returns.
     experience = make_experience(batch.input_ids, batch.attention_mask, batch.response_mask, batch.finished, scored,
@@ -172,7 +176,7 @@ def update(session: Session, roles: Roles, minibatch: Experience, settings: Ppo,
     for role in ("actor", "critic"):
         if (engine := getattr(roles, role)) is not None:
             set_learning_rate(engine, lrs[f"lr_{role}"])
-    for micro, text in itertools.zip_longest(minibatch.split(settings.micro_batch_size), texts):
+    for micro, text in itertools.zip_longest(minibatch.by_length().split(settings.micro_batch_size), texts):
         loss, found = actor_objective(roles.actor, micro, settings, temperature, tokens)
         if text is not None:
             logits = roles.actor(**model_inputs(roles.actor, text.sequences, text.attention_mask)).logits
@@ -197,9 +201,10 @@ def update(session: Session, roles: Roles, minibatch: Experience, settings: Ppo,
 def actor_objective(actor: nn.Module, micro: Experience, settings: Ppo, temperature: float,
                     tokens: float) -> tuple[Tensor, dict]:
     """(policy loss, metrics) of some rows, as parts of means over `tokens`."""
-    logits = response_logits(actor, micro.sequences, micro.attention_mask, micro.response_mask.shape[1])
-    return policy_loss(token_logprobs(logits, micro.responses, temperature), micro.logprobs, micro.advantages,
-                       micro.response_mask, settings.clip_range, tokens, settings.clip_range_high)
+    new_logprobs, _ = response_logprobs(actor, micro.sequences, micro.attention_mask, micro.response_mask.shape[1],
+                                        temperature)
+    return policy_loss(new_logprobs, micro.logprobs, micro.advantages, micro.response_mask, settings.clip_range, tokens,
+                       settings.clip_range_high)
 
 
 if __name__ == "__main__":

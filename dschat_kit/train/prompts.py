@@ -22,7 +22,7 @@ from dschat_kit.engine.rollout_types import KitBatch, KitRequest, KitSampling
 from dschat_kit.rlhf.rewards import kl_estimates
 from dschat_kit.rlhf.rollout import Roles, Scored, score_responses
 
-__all__ = ["Prompts", "PromptFeed", "TextFeed", "evaluate", "sample_lines", "sampling_of"]
+__all__ = ["Prompts", "PromptFeed", "TextFeed", "evaluate", "reused", "sample_lines", "sampling_of"]
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,13 @@ def sampling_of(pipeline: Pipeline, tokenizer, pad_id: int) -> KitSampling:
                        stop_token_ids=(tokenizer.eos_token_id,), pad_token_id=pad_id)
 
 
+def reused(pipeline: Pipeline, batch: KitBatch) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The sampler's (logprobs, entropy) where rollout.reuse_logprobs takes them instead of another forward pass."""
+    setting = pipeline.rollout.reuse_logprobs
+    use = setting == "always" or setting == "auto" and pipeline.model.dtype == "fp32"
+    return (batch.logprobs, batch.entropy) if use else None
+
+
 def sample_lines(prompts: Prompts, batch: KitBatch, scored: Scored, tokenizer, phase: str, step: int,
                  limit: int | None = None) -> list[dict]:
     """Lines for samples.jsonl: question, answer, score, KL in nats, and the gold reward where it is known."""
@@ -124,7 +131,8 @@ def evaluate(session, hybrid, roles: Roles, held_out: PromptFeed, sampling: KitS
     prompts, telemetry = held_out.at(0), session.pipeline.telemetry
     batch = hybrid.generate(prompts.request, sampling)
     scored = score_responses(roles, batch.input_ids, batch.attention_mask, batch.response_mask.shape[1],
-                             sampling.temperature, session.pipeline.rollout.micro_batch_size)
+                             sampling.temperature, session.pipeline.rollout.micro_batch_size,
+                             reused(session.pipeline, batch))
     lines = sample_lines(prompts, batch, scored, tokenizer, phase,
                          0 if phase == "before" else session.pipeline.ppo.max_steps)
     sources = [name for name, _ in session.pipeline.data.weighted_sources()]  # the same on every rank, unlike `lines`

@@ -24,7 +24,7 @@ from dschat_kit.runs import RunError, StageRun, cannot
 from dschat_kit.train.session import Session
 from dschat_kit.train.watch import Hanging, Interrupted, Stopped, Watch
 
-__all__ = ["main"]
+__all__ = ["main", "start_distributed"]
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 LOST = ("closed by peer", "reset by peer", "onnection closed", "Broken pipe", "remote process exited")
@@ -81,6 +81,12 @@ def _claim(run: StageRun, resume: bool) -> None:
 
 
 def _start(run: StageRun) -> None:
+    start_distributed(run.pipeline.seed, max(30, 2 * run.pipeline.telemetry.hang_minutes))
+
+
+def start_distributed(seed: int, patience: float = 30.0) -> torch.device:
+    """Threads and process group of a rank; without a launcher, a job of one. Returns the rank's device. A collective
+    gives up after `patience` minutes: later than the watchdog, which says more."""
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -93,11 +99,10 @@ def _start(run: StageRun) -> None:
         torch.set_num_threads(int(threads))
     # Plain gloo is no slower than the shared-memory all-reduce that DeepSpeed would compile at first use.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # The watchdog says more than a collective that gives up, so it comes first.
-    patience = timedelta(minutes=max(30, 2 * run.pipeline.telemetry.hang_minutes))
     deepspeed.init_distributed(dist_backend="nccl" if machine.accelerator == "cuda" else "gloo", verbose=False,
-                               timeout=patience)
-    torch.manual_seed(run.pipeline.seed)
+                               timeout=timedelta(minutes=patience))
+    torch.manual_seed(seed)
+    return torch.device(deepspeed.get_accelerator().current_device_name())
 
 
 def _failed(run: StageRun, rank: int, error: BaseException, errors) -> int:

@@ -1,0 +1,108 @@
+"""`dschat bench`: ours and the peers on the same work, in one run. What a rank does is in train/bench.py."""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from dschat_kit.config import ConfigError
+from dschat_kit.machine import checkout
+from dschat_kit.runs import RunError, read_json, write_json
+
+__all__ = ["add_arguments", "run"]
+
+ENGINES = ("kit", "hf", "hf_default", "deepspeed")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `dschat bench rollout` and `dschat bench ppo`."""
+    option = parser.add_argument
+    option("--model", default="random:opt-125m", metavar="NAME", help="a folder, a Hub name or random:opt-125m (also "
+           "llama, bloom, gpt-neox, qwen3)")
+    option("--ranks", type=int, default=1, metavar="N")
+    option("--zero", type=int, default=0, choices=range(4))
+    option("--batch", type=int, default=64, metavar="ROWS", help="rows of each rank")
+    option("--prompt-tokens", type=int, default=64, metavar="N", help="with --prompts: at most so many")
+    option("--new-tokens", type=int, default=64, metavar="N", help="with --lengths FILE: at most so many")
+    option("--dtype", default="bf16", choices=("bf16", "fp32"))
+    option("--temperature", type=float, default=1.0)
+    option("--prompts", type=Path, metavar="FILE", help="JSON lines with `prompt` (default: random tokens)")
+    option("--lengths", default="fixed", metavar="fixed|FILE", help="JSON lines with `chosen`: rows end as those do")
+    option("--live-parameters", type=int, metavar="N", help="ZeRO-3: parameters kept gathered (DeepSpeed's default)")
+    option("--engines", default=",".join(ENGINES), metavar="LIST")
+    option("--repeats", type=int, default=5, metavar="N", help="timed rounds; the median counts")
+    option("--json", action="store_true", help="on one line")
+
+
+def run(args) -> int:
+    """Measure, print, return 0."""
+    engines = [name for name in args.engines.split(",") if name]
+    if not engines or set(engines) - set(ENGINES):
+        raise ConfigError(f"--engines: got {args.engines!r}\n  expected: some of {','.join(ENGINES)}\n"
+                          "  change:   --engines kit,hf")
+    for name, least in (("batch", 1), ("prompt_tokens", 1), ("new_tokens", 1), ("repeats", 1), ("ranks", 1),
+                        ("temperature", 0)):
+        if not getattr(args, name) >= least:
+            raise ConfigError(f"--{name.replace('_', '-')}: got {getattr(args, name)}\n  expected: at least {least}")
+    spec = {name: getattr(args, name) for name in ("model", "zero", "batch", "prompt_tokens", "new_tokens", "dtype",
+                                                   "temperature", "live_parameters", "repeats")}
+    spec |= {"what": args.kind, "engines": engines, "seed": 0, **_texts(args)}
+    result = _launch(spec, args.ranks)
+    every = {name: result["engines"].get(name) for name in ENGINES}
+    ours = every["kit"]
+    ratios = {f"ratio_to_{name}": ours["tokens_per_second"] / every[name]["tokens_per_second"]
+              if ours and every[name] else None for name in ENGINES[1:]}
+    result = {**result, "engines": every, **ratios, "command": {**vars(args), "command": None},
+              "load": os.getloadavg()[0]}
+    print(json.dumps(result, default=str, indent=None if args.json else 2))
+    return 0
+
+
+def _texts(args) -> dict:
+    """Token ids of the prompts and token counts of the responses in the named files."""
+    if args.prompts is None and args.lengths == "fixed":
+        return {}
+    from dschat_kit.data.tokenizer import open_tokenizer
+    folder = checkout() / "models"
+    own = [] if args.model.startswith("random:") else [Path(args.model)]
+    places = [place for place in (*own, *sorted(folder.glob("*"))) if (place / "tokenizer.json").exists()]
+    if not places and not own:
+        raise ConfigError("--prompts, --lengths: got texts but no tokenizer\n  expected: a model folder with one\n"
+                          "  change:   dschat fetch-model smollm2-135m, or --model FOLDER")
+    tokenizer, found = open_tokenizer(places[0] if places else args.model), {}
+    if args.prompts is not None:
+        found["prompt_ids"] = tokenizer([row["prompt"] for row in _rows(args.prompts, "prompt")])["input_ids"]
+    if args.lengths != "fixed":
+        chosen = tokenizer([row["chosen"] for row in _rows(Path(args.lengths), "chosen")])["input_ids"]
+        found["response_lengths"] = [len(ids) + 1 for ids in chosen]  # and EOS
+    return found
+
+
+def _rows(path: Path, column: str) -> list[dict]:
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}\n  expected: JSON lines with {column!r}\n  change:   the file") from error
+    if not rows or any(not isinstance(row, dict) or not row.get(column) for row in rows):
+        raise ConfigError(f"{path}: a row has no {column!r}\n  expected: JSON lines with it\n  change:   the file")
+    return rows
+
+
+def _launch(spec: dict, ranks: int) -> dict:
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        path, port = Path(folder) / "spec.json", probe.getsockname()[1]
+        write_json(path, spec)
+        job = ["deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(port), "--module"]
+        module = "dschat_kit.train.bench" + ("_ppo" if spec["what"] == "ppo" else "")
+        command = [sys.executable, "-m", *(job if ranks > 1 else []), module, str(path)]
+        probe.close()
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode or not path.with_suffix(".result").exists():
+            said = (done.stdout + done.stderr)[-3000:]
+            raise RunError(f"the measurement ended with exit code {done.returncode}\n{said}")
+        return read_json(path.with_suffix(".result"))

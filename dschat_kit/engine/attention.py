@@ -1,0 +1,140 @@
+"""Keys and values in slots of memory that is allocated once, and the attention that reads them where they lie.
+
+A row's tokens stand at columns 0, 1, ... of its slot, so nothing is padded on the left and nothing moves when a row
+beside it ends. Slots form tiles; one tile reads only as far as its longest row. Transformers' own modules compute
+everything else: `attend` is registered as an attention implementation and gets the slots as the argument `cache`, as
+transformers' continuous batching passes its pages.
+
+Shapes: n active rows, H heads, K key-value heads, D head size, L columns.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["ATTENTION", "FAMILIES", "KVSlots", "attend", "kv_bytes_per_token"]
+
+ATTENTION = "dschat"
+FAMILIES = ("opt", "gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma")
+"""Model types whose attention goes through transformers' attention interface and is nothing but softmax(QK)V, causal
+or with a sliding window."""
+TILE = 16
+"""Slots that are read to the same length: a large tile reads padding, a small one costs more kernel calls."""
+
+
+def kv_bytes_per_token(config, dtype: torch.dtype) -> int:
+    """Bytes that one token of one row takes over all layers."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * size * dtype.itemsize
+
+
+class KVSlots:
+    """`slots` rows of up to `length` tokens a layer, (slots, K, length, D) for keys and for values."""
+
+    def __init__(self, slots: int, length: int):
+        self.slots, self.length = slots, length
+        self.tiles: list[list[int]] = [[] for _ in range(-(-slots // TILE))]  # rows by tile; slot = TILE * tile + place
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._filled: Tensor | None = None
+
+    @property
+    def rows(self) -> list[int]:
+        """Active rows in the order in which a step computes them."""
+        return [row for tile in self.tiles for row in tile]
+
+    def clear(self) -> None:
+        """Forget all rows, keep the memory."""
+        for tile in self.tiles:
+            tile.clear()
+
+    def place(self, rows: list[int]) -> None:
+        """Give each row a slot, which the prefill that follows writes."""
+        slots = []
+        for row in rows:
+            index = next(i for i, tile in enumerate(self.tiles) if len(tile) < min(TILE, self.slots - TILE * i))
+            slots.append(TILE * index + len(self.tiles[index]))
+            self.tiles[index].append(row)
+        self._filled = torch.tensor(slots)
+
+    def advance(self, positions: Tensor) -> None:
+        """The step that follows writes the token of the i-th active row at column positions[i]."""
+        self._filled, self._bias, start = None, {}, 0
+        slots, self._spans = [], []
+        for index, tile in enumerate(self.tiles):
+            if tile:
+                span = positions[start:start + len(tile)]
+                self._spans.append((start, TILE * index, span, int(span.min()), int(span.max())))
+                slots += range(TILE * index, TILE * index + len(tile))
+                start += len(tile)
+        self._slots, self._positions = torch.tensor(slots, device=positions.device), positions
+
+    def retire(self, row: int, used: int) -> None:
+        """Free the row's slot: the last row of its tile moves there, with its first `used` columns."""
+        index, place = next((i, tile.index(row)) for i, tile in enumerate(self.tiles) if row in tile)
+        last = self.tiles[index].pop()
+        if last != row:
+            self.tiles[index][place] = last
+            target, source = TILE * index + place, TILE * index + len(self.tiles[index])
+            for memory in (memory for pair in self._layers.values() for memory in pair):
+                memory[target, :, :used] = memory[source, :, :used]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float,
+               window: int | None) -> Tensor:
+        """(rows, queries, H, D) attention of new tokens to themselves and to what the slots hold; stores them."""
+        if layer not in self._layers:  # zeros, because what is masked still has to be finite
+            self._layers[layer] = tuple(new.new_zeros(self.slots, new.shape[1], self.length, new.shape[3])
+                                        for new in (key, value))
+        keys, values = self._layers[layer]
+        if self._filled is not None:
+            slots, width, copies = self._filled.to(key.device), key.shape[2], len(self._filled) // key.shape[0]
+            keys[slots, :, :width] = key.repeat_interleave(copies, 0)
+            values[slots, :, :width] = value.repeat_interleave(copies, 0)
+            return _prompt_attention(query, key, value, scaling, window)
+        keys[self._slots, :, self._positions] = key[:, :, 0]
+        values[self._slots, :, self._positions] = value[:, :, 0]
+        (n, H, _, D), K = query.shape, key.shape[1]
+        query = (query * scaling).reshape(n * K, H // K, D)
+        output = torch.empty(n, 1, H, D, dtype=value.dtype, device=value.device)
+        for start, slot, span, shortest, longest in self._spans:
+            end, used = start + len(span), longest + 1
+            k, v = (memory[slot:slot + len(span), :, :used].flatten(0, 1) for memory in (keys, values))
+            scores = torch.bmm(query[start * K:end * K], k.transpose(1, 2))
+            if shortest < longest or (window and used > window):
+                scores.view(len(span), H, used).add_(self._mask(start, span, used, window, scores.dtype))
+            weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+            output[start:end] = torch.bmm(weights, v).view(len(span), 1, H, D)
+        return output
+
+    def _mask(self, start: int, span: Tensor, used: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """(rows of the tile, 1, used): 0 where a row may look, -inf elsewhere; the same for all layers of a step."""
+        if (start, window) not in self._bias:
+            columns, last = torch.arange(used, device=span.device), span[:, None, None]
+            hidden = columns > last
+            if window:
+                hidden |= columns <= last - window
+            self._bias[start, window] = torch.zeros(hidden.shape, dtype=dtype, device=span.device).masked_fill_(
+                hidden, float("-inf"))
+        return self._bias[start, window]
+
+
+def _prompt_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
+    """Prompts stand on the left and are padded on the right, so causality alone keeps padding out of real tokens."""
+    width, mask = query.shape[2], None
+    if window and width > window:
+        places = torch.arange(width, device=query.device)
+        distance = places[:, None] - places
+        mask = (distance >= 0) & (distance < window)
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling,
+                                            enable_gqa=query.shape[1] != key.shape[1])
+    return output.transpose(1, 2)
+
+
+def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
+           scaling: float | None = None, sliding_window: int | None = None, cache: KVSlots,
+           softcap: float | None = None, **_) -> tuple[Tensor, None]:
+    """Transformers' attention interface: (n, H, queries, D) in, (n, queries, H, D) out."""
+    if softcap is not None or attention_mask is not None:
+        raise NotImplementedError("soft-capped attention, or a mask of the model's own")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return cache.attend(module.layer_idx, query, key, value, scaling, sliding_window), None

@@ -1,0 +1,76 @@
+"""Logits -> tokens with their log-probabilities: filters, and draws that depend on a row's own seed alone.
+
+Shapes: B sequences, A response tokens, V vocabulary.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dschat_kit.engine.rollout_types import KitSampling
+
+__all__ = ["row_uniforms", "sample_tokens"]
+
+BLOCK = 256
+
+
+def row_uniforms(seeds: Tensor, length: int, samples: int = 1) -> Tensor:
+    """(B * samples, length) uniform numbers in [0, 1), each row a function of its own seed and sample alone."""
+    rows = [np.random.Generator(np.random.Philox(key=[int(seed), sample])).random(length)
+            for seed in seeds.tolist() for sample in range(samples)]
+    return torch.from_numpy(np.stack(rows))
+
+
+def sample_tokens(logits: Tensor, uniforms: Tensor | None, sampling: KitSampling,
+                  forced: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens, logprobs, entropy), each (B,), from (B, V) logits by inverting the distribution function at `uniforms`
+    (B,); where `forced` (B,) is not negative, that token is taken instead.
+
+    Log-probabilities and entropy (in nats) are those of the distribution that was sampled, temperature and filters
+    included. The distribution function is summed in blocks: one pass over V, and a search in V / 256 sums and in one
+    block, instead of a running sum over V.
+    """
+    logits = _filtered(logits.float() / (sampling.temperature or 1.0), sampling)
+    highest, best = logits.max(-1)
+    shifted = logits - highest[:, None]
+    weights = shifted.exp()
+    blocks = F.pad(weights, (0, -weights.shape[1] % BLOCK)).view(len(weights), -1, BLOCK)
+    cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    total = cumulative[:, -1]
+    if sampling.temperature == 0:
+        tokens = best
+    else:
+        targets = (uniforms.to(logits.device) * total)[:, None]
+        block = torch.searchsorted(cumulative, targets, right=True).clamp_(max=cumulative.shape[1] - 1)
+        before = F.pad(cumulative, (1, 0)).gather(1, block)
+        inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].double().cumsum(-1)
+        # The last place that adds anything: rounding must not choose a token of probability 0 behind it.
+        last = torch.searchsorted(inside, inside[:, -1:].contiguous())
+        tokens = (block * BLOCK + torch.searchsorted(inside, targets - before, right=True).minimum(last)).squeeze(1)
+        tokens = tokens.clamp(max=logits.shape[1] - 1)  # without finite logits there is nothing to find
+    if forced is not None:
+        tokens = torch.where(forced >= 0, forced, tokens)
+    logprobs = (shifted.gather(1, tokens[:, None]).squeeze(1) - total.log()).float()
+    entropy = (total.log() - torch.linalg.vecdot(weights, shifted) / total).float()
+    return tokens, logprobs, entropy
+
+
+def _filtered(logits: Tensor, sampling: KitSampling) -> Tensor:
+    """Logits whose dropped tokens have probability 0, in transformers' order: top_k, top_p, min_p."""
+    if sampling.temperature == 0:
+        return logits
+    nothing = torch.finfo(logits.dtype).min  # finite, so that 0 times it is 0
+    if sampling.top_k > 0:
+        lowest = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < lowest, nothing)
+    if sampling.top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        outside = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= sampling.top_p)
+        logits = logits.masked_fill(outside, nothing)
+    if sampling.min_p > 0:
+        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(sampling.min_p), nothing)
+    return logits

@@ -1,0 +1,82 @@
+"""Launched by test_hybrid.py on two ranks: the hybrid engine at ZeRO 0-3, with and without adapters."""
+
+import os
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from test_decode import SAMPLING, request, responses, run
+from test_hybrid import with_adapters
+from tiny_models import causal_lm
+
+from dschat_kit.config import Pipeline
+from dschat_kit.engine.engines import build_engine
+from dschat_kit.engine.hybrid import HybridEngine
+from dschat_kit.engine.zero import full_state_dict
+from dschat_kit.models.lora import merge_adapters
+from dschat_kit.rlhf.logprobs import response_logprobs
+from dschat_kit.runs import RunError
+
+
+def state_of(engine) -> list[torch.Tensor]:
+    """Everything that ZeRO holds on this rank."""
+    found = [getattr(p, "ds_tensor", p).detach().clone() for p in engine.module.parameters()]
+    for group in engine.optimizer.param_groups:
+        found += [p.detach().clone() for p in group["params"]]
+    return found
+
+
+def refused(engine, asked, words: str) -> None:
+    try:
+        engine.generate(asked, SAMPLING)
+    except RunError as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(f"not refused: {words}")
+
+
+def check(stage: int, adapters: bool) -> None:
+    rank = dist.get_rank()
+    model = with_adapters() if adapters else causal_lm("opt")
+    twin = causal_lm("llama") if adapters else causal_lm("opt")
+    pipeline = Pipeline().with_overrides([f"zero.stage={stage}", "model.dtype=fp32"])
+    engine = build_engine(model, pipeline, lr=0.05, batch_size=4, micro_batch_size=2, world_size=2, grad_clip=1.0)
+    engine.train()
+    hybrid = HybridEngine(engine, micro_batch_size=3)
+    flags = [p.requires_grad for p in model.parameters()]
+    asked = request(lengths=(3, 6, 4, 6, 5) if rank else (2, 5, 9, 1), seed=rank)  # different numbers of prompts
+    for step in range(2):
+        whole = full_state_dict(model, True)
+        twin.load_state_dict(merge_adapters(model, whole))
+        before = state_of(engine)
+        batch = hybrid.generate(asked, SAMPLING)
+        assert all(torch.equal(one, two) for one, two in zip(before, state_of(engine), strict=True))
+        assert flags == [p.requires_grad for p in model.parameters()] and model.training
+        expected = run(twin, asked)
+        assert responses(batch) == responses(expected), (stage, adapters, step)
+        assert torch.allclose(batch.logprobs, expected.logprobs, atol=1e-5)
+        A = batch.response_mask.shape[1]
+        logprobs, _ = response_logprobs(engine, batch.input_ids[:2], batch.attention_mask[:2], A)
+        assert torch.allclose(logprobs.detach(), batch.logprobs[:2], atol=1e-5)
+        engine.backward(logprobs.sum() / 10, scale_wrt_gas=False)
+        engine.step()
+        changed = [not torch.equal(one, two) for one, two in zip(before, state_of(engine), strict=True)]
+        assert any(changed), "nothing was trained"
+    assert hybrid.path == "slots", hybrid.reason
+    empty = request(lengths=(3,)) if rank else asked
+    if rank:
+        empty.prompt_attention_mask[:] = False
+    refused(hybrid, empty, "rank 1: prompt 0 is empty")
+    if rank == 0:
+        print(f"ZeRO {stage} adapters {adapters}: all is well", flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    for zero_stage in range(4):
+        for lora in (False, True):
+            check(zero_stage, lora)
+    dist.barrier()
+    os._exit(0)

@@ -1,0 +1,86 @@
+"""`dschat bench`: the work is the same for all, what is counted is what is useful, and bad input is said."""
+
+import json
+
+import pytest
+import torch
+from test_decode import run
+from tiny_models import folder
+
+from dschat_kit.cli import main
+from dschat_kit.train.bench import Work, layer_weights, load_model, peak_anon_mb
+
+SPEC = {"batch": 6, "prompt_tokens": 9, "new_tokens": 7, "temperature": 1.0, "seed": 0}
+TINY = ["--model", "random:tiny", "--batch", "3", "--prompt-tokens", "5", "--new-tokens", "4", "--dtype", "fp32",
+        "--repeats", "1", "--json"]
+
+
+def work(**changes):
+    return Work(SPEC | changes, load_model("random:tiny", "fp32").config, 0, torch.device("cpu"))
+
+
+def test_rows_end_where_the_drawn_lengths_say_for_every_engine():
+    job, model = work(response_lengths=[2, 5, 30]), load_model("random:tiny", "fp32")
+    assert set(job.lengths.tolist()) <= {2, 5, 7} and len(set(job.lengths.tolist())) > 1
+    request, sampling = job.kit()
+    ours = run(model, request, sampling)
+    assert torch.equal(ours.response_mask.sum(1), job.lengths)
+    theirs = job.generate(model, False)[:, job.prompts.shape[1]:]
+    for row, length in zip(theirs, job.lengths.tolist(), strict=True):
+        assert row[length - 1] == job.eos and not (row[:length - 1] == job.eos).any()
+        assert (row[length:] == job.pad).all()
+    assert theirs.shape[1] == job.lengths.max()
+
+
+def test_prompts_are_those_of_the_file_cut_from_the_left():
+    job = work(prompt_ids=[[5, 6, 7], list(range(2, 40))])
+    for ids, mask in zip(job.prompts, job.mask, strict=True):
+        assert ids[mask].tolist() in ([5, 6, 7], list(range(31, 40)))
+
+
+def test_the_cost_is_that_of_the_shapes():
+    """Counted by hand for one row: every fed token meets every layer matrix, every sampled one the head."""
+    model = load_model("random:tiny", "fp32")
+    weights = 2 * (4 * 64 * 64 + 3 * 64 * 128)
+    assert layer_weights(model) == weights
+    flops, read = work(batch=1).cost(model.config, weights)
+    fed = 9 + 7 - 1
+    assert flops == 2 * weights * fed + 2 * 64 * 1000 * 7 + sum(4 * 2 * 64 * context for context in range(1, fed + 1))
+    assert read == (weights + 64 * 1000) * 7 + sum(2 * 2 * 64 * context for context in range(10, fed + 1))
+
+
+def test_peak_memory_counts_what_a_call_holds():
+    assert 150 < peak_anon_mb(lambda: torch.ones(50_000_000).sum()) < 300
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--engines", "kit,vllm"], "expected: some of kit,hf,hf_default,deepspeed"),
+    (["--batch", "0"], "--batch: got 0"),
+    (["--prompts", "missing.jsonl"], "missing.jsonl"),
+])
+def test_bad_flags_are_said(flags, words, capsys, tmp_path):
+    model = ["--model", str(folder(tmp_path))] if "--prompts" in flags else []
+    assert main(["bench", "rollout", *model, *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_every_engine_is_measured_on_the_same_work(tmp_path, capsys):
+    rows = [{"prompt": "the cow says " * n, "chosen": "moo " * n} for n in (1, 2, 3)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    model = str(folder(tmp_path / "model", "opt"))
+    assert main(["bench", "rollout", *TINY, "--model", model, "--prompts", str(file), "--lengths", str(file)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["engines"]) == {"kit", "hf", "hf_default", "deepspeed"}
+    assert all(set(row) >= {"tokens_per_second", "seconds", "peak_anon_mb"} for row in found["engines"].values())
+    for name in ("hf", "hf_default", "deepspeed"):
+        assert found[f"ratio_to_{name}"] == pytest.approx(
+            found["engines"]["kit"]["tokens_per_second"] / found["engines"][name]["tokens_per_second"])
+    assert found["identical_greedy_tokens"] is True
+    assert set(found["roofline"]) == {"matrix_gflops", "read_gb_per_s", "share_of_matrix_peak", "share_of_bandwidth"}
+    assert main(["bench", "ppo", *TINY, "--engines", "kit"]) == 0
+    iteration = json.loads(capsys.readouterr().out)
+    assert iteration["engines"]["hf"] is None and iteration["ratio_to_hf"] is None
+    phases = iteration["engines"]["kit"]["phases"]
+    assert sum(phases.values()) == pytest.approx(iteration["engines"]["kit"]["seconds"], rel=0.01)
