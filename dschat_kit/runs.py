@@ -213,12 +213,17 @@ def source_files(path: str) -> list[Path]:
         files = sorted(file for file in found if _plain(file.name).endswith(kinds) and file.exists())
     else:
         files = [place] if place.exists() else []
-    if not files:
-        what = "which holds no data files" if place.is_dir() else f"but {place} does not exist"
+    if not files or files != [place] and all(map(held_out, files)):
+        what = f"but {place / 'train.jsonl' if place.is_dir() else place} does not exist"
         raise ConfigError(f"data.sources: got {path!r}, {what}\n  expected: a file ({' '.join(DATA_FILES)}, also .gz "
                           ".bz2 .xz), a folder or glob of such, a folder of save_to_disk, or a Hub name\n"
                           "  change:   --set data.sources=PATH")
     return files
+
+
+def held_out(file: Path) -> bool:
+    """Whether a file among others is an evaluation set, by its name."""
+    return re.match(r"(eval|test|valid|dev)", file.name) is not None
 
 
 def _plain(name: str) -> str:

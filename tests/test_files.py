@@ -55,7 +55,9 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name, capfd):
 def test_an_arrow_file_a_folder_and_a_glob(tmp_path):
     KINDS["saved"](tmp_path / "saved")
     arrow, = (tmp_path / "saved").glob("*.arrow")
-    assert read(arrow) == ROWS
+    (tmp_path / "arrow").mkdir()
+    arrow = arrow.rename(tmp_path / "arrow" / "rows.arrow")
+    assert read(arrow) == ROWS == read(tmp_path / "arrow")
     (tmp_path / "many").mkdir()
     for i, row in enumerate(ROWS):
         write(tmp_path / "many" / f"part{i}.jsonl", json.dumps(row).encode())
@@ -115,7 +117,7 @@ def test_links_that_lead_nowhere_or_in_circles_are_refused(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "again").symlink_to(tmp_path / "folder")
     for name in ("a.jsonl", "folder", "*.jsonl", "nothing.csv"):
-        with pytest.raises(ConfigError, match="does not exist|holds no data files"):
+        with pytest.raises(ConfigError, match="does not exist"):
             source_files(str(tmp_path / name))
     write(tmp_path / "folder" / "rows.jsonl", LINES)
     assert read(tmp_path / "folder") == ROWS == read(f"{tmp_path}/folder/**/rows.jsonl")

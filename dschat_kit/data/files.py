@@ -5,13 +5,12 @@ import bz2
 import gzip
 import json
 import lzma
-import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from dschat_kit.data.formats import HUB, BadRow
-from dschat_kit.runs import RunError, source_files
+from dschat_kit.runs import RunError, held_out, source_files
 
 __all__ = ["DataError", "Rows", "hub_fingerprint", "raw_rows"]
 
@@ -31,11 +30,12 @@ def raw_rows(name: str) -> Rows:
     """All rows of a local file, folder or glob, or of a data set of the Hub. Raises DataError."""
     if not (files := source_files(name)):
         return _hub(name)
-    return _saved(Path(name)) if files[0].suffix == ".arrow" and Path(name).is_dir() else _local(files)
+    saved = any((Path(name) / mark).exists() for mark in ("state.json", "dataset_dict.json"))
+    return _saved(Path(name)) if saved else _local(files)
 
 
 def _local(files: list[Path]) -> Rows:
-    parts = {file: "eval" if re.match(r"(eval|test|valid|dev)", file.name) and len(files) > 1 else "" for file in files}
+    parts = {file: "eval" if held_out(file) and len(files) > 1 else "" for file in files}
     for file in sorted(files, key=lambda f: not parts[f]):  # training rows last: data.rows bounds them
         try:
             yield from ((place, parts[file], row) for place, row in _read(file))
