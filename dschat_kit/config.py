@@ -240,8 +240,9 @@ class Pipeline(Section):
         return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:16]
 
 
-_READS = {"data": ("data", "model.name", "model.vocab_size", "seed"), "sft": ("model", "lora", "zero", "sft"),
-          "reward": ("reward",), "ppo": ("ppo", "sampling", "rollout"), "chat": ()}
+_READS = {"data": ("data", "model.name", "model.vocab_size", "seed"), "chat": (), "reward": ("reward",),
+          "sft": ("model", "lora.rank", "lora.alpha", "lora.targets", "zero", "sft"),
+          "ppo": ("ppo", "sampling", "rollout", "lora.share_base")}
 """What a stage reads beside what the stages before it read."""
 
 

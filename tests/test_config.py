@@ -119,5 +119,8 @@ def test_the_hash_of_a_stage_follows_what_it_reads():
     assert [before.config_hash(s) == after.config_hash(s) for s in STAGES] == [True, True, False, False, False]
     seeded = Pipeline(seed=1)
     assert all(before.config_hash(s) != seeded.config_hash(s) for s in STAGES)
+    adapted = before.with_overrides(["lora.rank=2"])
+    shared = adapted.with_overrides(["lora.share_base=true"])
+    assert [adapted.config_hash(s) == shared.config_hash(s) for s in STAGES] == [True, True, True, False, False]
     watched = before.with_overrides(["telemetry.samples=1", "checkpoint.keep=9"])
     assert all(before.config_hash(s) == watched.config_hash(s) for s in STAGES)

@@ -4,6 +4,7 @@ every family passes all three stages; adapters share one base. Many stages go in
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,25 @@ def test_merged_model_and_exported_adapter_say_the_same(adapted, family):
         if stage != "reward":
             bare = kind.from_pretrained(base[stage]).eval()(input_ids=ids).logits
             assert not torch.allclose(bare, merged, atol=1e-4)  # the adapter is not empty
+
+
+@pytest.mark.slow
+def test_a_resumed_moving_average_is_the_uninterrupted_one(adapted):
+    sets = [*LORA, f"model.name={adapted / 'models' / 'llama'}", "zero.stage=3", "ppo.max_steps=4",
+            "checkpoint.every_steps=2"]
+    whole, cut = (shared(adapted, "llama", name, *sets) for name in ("whole", "cut"))
+    launch(adapted / "whole", [whole], 2)
+    ended = Path(whole["path"])
+    shutil.copytree(ended, cut["path"], ignore=shutil.ignore_patterns("model", "ema", "result.json", "csv"))
+    launch(adapted / "cut", [cut | {"resume": True}], 2)
+    result = json.loads((Path(cut["path"]) / "result.json").read_text())
+    assert result["resumed_from"] == [2]
+    for name in ("model", "ema"):
+        one, other = (Path(path) / name / "model.safetensors" for path in (ended, cut["path"]))
+        assert one.read_bytes() == other.read_bytes(), name
+    assert (ended / "model" / "model.safetensors").read_bytes() != (ended / "ema" / "model.safetensors").read_bytes()
+    lines = [(Path(path) / "csv" / "score_mean.csv").read_text() for path in (ended, cut["path"])]
+    assert lines[0] == lines[1] and len(lines[0].splitlines()) == 5  # no step twice
 
 
 # -- what a stage says of itself

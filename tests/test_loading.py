@@ -6,6 +6,8 @@ from tiny_models import SETTINGS, VOCABULARY, causal_lm, folder, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from dschat_kit.config import ConfigError, Lora, Model
+from dschat_kit.data.sources import DataError
+from dschat_kit.data.tokenizer import require_same_tokenizer, train_tokenizer
 from dschat_kit.models.loading import (
     accepts,
     check_length,
@@ -135,6 +137,31 @@ def test_adapters_change_nothing_at_first_and_merge_exactly(architecture, tmp_pa
         found = merged(input_ids=ids).logits[:, :-1]
     assert float((found - changed).abs().max() / changed.abs().max()) < 1e-5
     assert not [name for name, _ in merged.named_parameters() if "lora" in name]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_routers_of_experts_get_no_adapter(family):
+    model = add_adapters(causal_lm(family), Lora(rank=2), seed=0)
+    assert {name.split(".")[-4] for name, _ in model.named_parameters() if "lora_A" in name} == {
+        "q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_targets_are_those_that_were_named_and_a_wrong_one_is_refused():
+    model = add_adapters(causal_lm("opt"), Lora(rank=2, targets="q_proj, fc1"), seed=0)
+    assert {name.split(".")[-4] for name, _ in model.named_parameters() if "lora_A" in name} == {"q_proj", "fc1"}
+    with pytest.raises(ConfigError, match="c_attn, which match no module") as caught:
+        add_adapters(causal_lm("opt"), Lora(rank=2, targets="q_proj,c_attn"), seed=0)
+    assert "fc1, fc2, k_proj" in str(caught.value)
+
+
+def test_a_reward_model_with_another_tokenizer_is_refused_with_the_reason(tmp_path):
+    require_same_tokenizer(tokenizer(), folder(tmp_path / "same"))
+    other = train_tokenizer(["quite another language without any animal"] * 20, VOCABULARY)
+    causal_lm().save_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(DataError, match="tokens differ") as caught:
+        require_same_tokenizer(tokenizer(), tmp_path / "other")
+    assert "reads the actor's tokens" in str(caught.value) and "change:" in str(caught.value)
 
 
 def test_a_scalar_head_is_trained_beside_the_adapters(tmp_path):
