@@ -28,8 +28,8 @@ ANSWERS = 2 ** 17
 def plan(kind: str = "bigram", vocab: int | None = None, length: int | None = None, betas: tuple[float, ...] = (0.5,),
          seed: int = 0, eos: bool = False, prompts: int = 1, steps: int = 100) -> list[dict]:
     """One case a beta. Raises ConfigError for a world that is none or cannot be enumerated."""
-    vocab = vocab or (10 if kind == "bandit" else 4)
-    length = length or (1 if kind == "bandit" else 3)
+    vocab = (10 if kind == "bandit" else 4) if vocab is None else vocab
+    length = (1 if kind == "bandit" else 3) if length is None else length
     for name, value, good, expected in (
             ("--vocab", vocab, vocab >= 2 and (kind == "bandit" or vocab + prompts < 32),
              "at least 2, and with --prompts below 32: the model is 32 wide"),

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -18,11 +19,12 @@ from transformers import AutoModelForCausalLM
 
 from dschat_kit import verify
 from dschat_kit.config import ConfigError, Pipeline, Ppo
+from dschat_kit.notebook.launch import free_port
 from dschat_kit.rlhf import rollout
 from dschat_kit.rlhf.rewards import compute_rewards, kl_estimates
 from dschat_kit.rlhf.worlds import World, reached
 from dschat_kit.runs import StageRun, write_json
-from dschat_kit.train import exact
+from dschat_kit.train import exact, rank
 from dschat_kit.train import ppo as program
 from dschat_kit.train.session import Session
 
@@ -36,13 +38,21 @@ def fitted():
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
-    """One rank in this process."""
+    """One rank in this process, started as train/rank.py starts them."""
     folder = tmp_path_factory.mktemp("verify")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
     (folder / "ppo").mkdir()
     write_json(folder / "ppo" / "config.json", {"pipeline": Pipeline().to_dict()})
-    yield Session(StageRun(folder / "ppo"), False, sys.stderr)
-    dist.destroy_process_group()
+    run = StageRun(folder / "ppo")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                            "MASTER_PORT": str(free_port())}.items():
+            patch.setenv(name, value)
+        rank._start(run)
+        yield Session(run, False, sys.stderr)
+        dist.destroy_process_group()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def solve(session, world, beta, steps, **changes):
