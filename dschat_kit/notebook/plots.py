@@ -70,7 +70,7 @@ def ppo_curves(run) -> Figure:
     percent = [{"step": row["step"], "percent": 100 * (row.get("clip_fraction") or 0)} for row in rows]
     _lines(clipped, percent, ("percent", PINK, "-", ""))
     _label(clipped, "rollout", "clipped ratios (%)")
-    clipped.set_ylim(0, max(1.0, 1.1 * max([row["percent"] for row in percent] or [0])))
+    clipped.set_ylim(0, max([1.0, *(1.1 * row["percent"] for row in percent)]))
     label = f"PPO: {len(rows)} rollouts, last score {_last(rows, 'score_mean'):.3g}, KL {_last(rows, 'kl'):.3g}"
     return _named(figure, label if rows else "PPO: no rollout yet")
 
@@ -128,8 +128,7 @@ def chain_overview(root: str | Path) -> Figure:
         last.invert_yaxis()
         _label(last, "mean gold reward on held-out prompts", "")
         last.set_title("4  what it never saw: the true reward", loc="left", fontsize=10)
-    known = result.get("gold_after") is not None
-    gold = f", gold {result['gold_before']:.2f} to {result['gold_after']:.2f}" if known else ""
+    gold = ", gold {gold_before:.2f} to {gold_after:.2f}".format(**result) if result.get("gold_after") else ""
     return _named(figure, f"The chain: SFT loss, reward accuracy, PPO score{gold}")
 
 
