@@ -92,8 +92,8 @@ def no_masks(sequences, attention_mask, response_mask, *rest):
 def k3_as_loss(actor, rows, settings, temperature, tokens):
     """As GRPO has it: no KL in the reward, the k3 estimate as a loss, weighted as the enumeration is."""
     loss, metrics = SHIPPED["actor_objective"](actor, rows, settings, temperature, tokens)
-    logits = program.response_logits(actor, rows.sequences, rows.attention_mask, rows.response_mask.shape[1])
-    new = program.token_logprobs(logits, rows.responses, temperature)
+    new, _ = program.response_logprobs(actor, rows.sequences, rows.attention_mask, rows.response_mask.shape[1],
+                                       temperature)
     k3 = kl_estimates(new, rows.ref_logprobs, rows.response_mask)["k3"]
     weights = (rows.logprobs * rows.response_mask).sum(1).exp()
     return loss + 0.5 * (weights * k3).sum() / tokens, metrics

@@ -85,8 +85,8 @@ def load_checkpoint(folder: Path, engines: dict[str, deepspeed.DeepSpeedEngine],
 
 def _load(place: Path, engines: dict[str, deepspeed.DeepSpeedEngine], ranks: int, say: Callable[[str], None]) -> None:
     universal = place / "universal"
-    convertible = ranks != dist.get_world_size() and [role for role, engine in engines.items()
-                                                      if engine.zero_optimization_stage()]
+    convertible = [] if ranks == dist.get_world_size() else [  # a moving average finds its parts by itself
+        role for role, engine in engines.items() if getattr(engine, "zero_optimization_stage", int)()]
     if convertible:
         say(f"{place.name} is of {ranks} ranks, now {dist.get_world_size()}: the numbers agree to rounding, not in "
             "every bit")
@@ -98,9 +98,11 @@ def _load(place: Path, engines: dict[str, deepspeed.DeepSpeedEngine], ranks: int
                                   num_extract_workers=1, num_merge_workers=1))  # others would fork beside gloo
         dist.barrier()
     for role, engine in engines.items():
-        engine._config.load_universal_checkpoint = bool(convertible)
-        engine.load_checkpoint(str((universal if convertible else place) / role), tag="state")
-        engine._config.load_universal_checkpoint = False
+        if role in convertible:
+            engine._config.load_universal_checkpoint = True
+        engine.load_checkpoint(str((universal if role in convertible else place) / role), tag="state")
+        if role in convertible:
+            engine._config.load_universal_checkpoint = False
     dist.barrier()
     if convertible and dist.get_rank() == 0:
         shutil.rmtree(universal)

@@ -49,7 +49,8 @@ class Case:
         ppo = Ppo(max_steps=self.steps, rollout_batch_size=256, mini_batch_size=256, micro_batch_size=256 // ranks,
                   ppo_epochs=4, lr_actor=2e-3, lr_critic=4e-3, kl_coef=self.beta, score_clip=0.0)
         return Pipeline(model=Model(dtype="fp32"), zero=Zero(stage=zero), ppo=ppo, seed=self.world.seed,
-                        sampling=Sampling(max_new_tokens=self.world.length), rollout=Rollout(micro_batch_size=256))
+                        sampling=Sampling(max_new_tokens=self.world.length),
+                        rollout=Rollout(micro_batch_size=256, reuse_logprobs="never"))
 
 
 def verify(session: Session) -> dict:

@@ -9,6 +9,7 @@ from dschat_kit.engine.rollout_types import KitBatch
 from dschat_kit.rlhf.experience import Experience
 from dschat_kit.rlhf.rewards import kl_estimates, masked_moments
 from dschat_kit.rlhf.rollout import Roles, Scored
+from dschat_kit.train.prompts import reused
 from dschat_kit.train.telemetry import forward_flop, peak_memory_mb
 
 __all__ = ["Clock", "add_metrics", "rollout_metrics", "summary", "work_of"]
@@ -68,7 +69,9 @@ def rollout_metrics(session, experience: Experience, scored: Scored, batch: KitB
                                                      float(apart))
     row = {"score_mean": mean[0], "score_std": variance[0] ** 0.5, "score_min": -negated_lowest, "score_max": highest,
            "kl": mean[1], "kl_k2": mean[8], "kl_k3": mean[2], "response_length": mean[3], "eos_rate": mean[4],
-           "entropy": mean[5], "advantage_std": variance[9] ** 0.5, "sampler_gap": apart, "tokens": float(total[3])}
+           "entropy": mean[5], "advantage_std": variance[9] ** 0.5, "tokens": float(total[3])}
+    if reused(session.pipeline, batch) is None:
+        row["sampler_gap"] = apart  # else nobody has computed them a second time
     if "value_loss" in updates[0]:
         row["explained_variance"] = 1 - variance[7] / max(variance[6], 1e-12)
     for name in updates[0]:
