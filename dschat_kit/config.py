@@ -190,7 +190,7 @@ class Pipeline(Section):
                         "turns, which offloading does not follow; adapters have small states",
                         "--set zero.offload_optimizer=false")
         if self.lora.share_base and self.ppo.advantage != "gae":
-            raise error("ppo.advantage", repr(self.ppo.advantage), "gae with lora.share_base, whose critic costs little",
+            raise error("ppo.advantage", repr(self.ppo.advantage), "gae with lora.share_base",
                         "--set lora.share_base=false")
         if self.lora.share_base and self.reward.model:
             raise error("reward.model", repr(self.reward.model), "none with lora.share_base: the roles share one model",

@@ -85,8 +85,17 @@ def whitened_with_shift(scores, logprobs, ref_logprobs, mask, kl_coef):
     return (rewards - rewards[mask].mean()) * mask
 
 
+def everything_is_real(attention_mask, A):
+    return torch.cat([attention_mask[:, :-A], torch.ones_like(attention_mask[:, -A:])], 1)
+
+
 def no_masks(sequences, attention_mask, response_mask, *rest):
-    return rollout.make_experience(sequences, attention_mask, torch.ones_like(response_mask), *rest)
+    return rollout.make_experience(sequences, everything_is_real(attention_mask, response_mask.shape[1]),
+                                   torch.ones_like(response_mask), *rest)
+
+
+def scored_without_masks(roles, sequences, attention_mask, A, *rest):
+    return rollout.score_responses(roles, sequences, everything_is_real(attention_mask, A), A, *rest)
 
 
 def k3_as_loss(actor, rows, settings, temperature, tokens):
@@ -113,7 +122,8 @@ WRONG = {
         (exact, "actor_objective", lambda *args: SHIPPED["actor_objective"](*args[:3], 1.0, args[4]))],
 }
 WRONG_WITH_EOS = {"whitening with shift": [(rollout, "compute_rewards", whitened_with_shift)],
-                  "no masks": [(exact, "make_experience", no_masks)]}
+                  "no masks": [(exact, "score_responses", scored_without_masks),
+                               (exact, "make_experience", no_masks)]}
 
 
 @pytest.mark.parametrize("bug", RIGHT | WRONG | WRONG_WITH_EOS)
