@@ -16,6 +16,7 @@ from dschat_kit.rlhf.experience import Experience
 from dschat_kit.runs import StageRun, write_json
 from dschat_kit.train import ppo, rank, reward, sft
 from dschat_kit.train.session import Session
+from dschat_kit.train.watch import Watch
 
 B, P, A, STEPS, DECAY = 16, 6, 8, 20, 0.9
 
@@ -76,7 +77,8 @@ def main(jobs: list[dict]) -> None:
         if first:
             rank._start(run)
             first = False
-        session = Session(run, resume=job.get("resume", False), console=sys.stdout)
+        session = Session(run, resume=job.get("resume", False), console=sys.stdout,
+                          watch=Watch(lambda error: 1))
         torch.manual_seed(0)
         if job.get("replay"):
             replay(session)

@@ -27,6 +27,7 @@ from dschat_kit.runs import StageRun, write_json
 from dschat_kit.train import exact, rank
 from dschat_kit.train import ppo as program
 from dschat_kit.train.session import Session
+from dschat_kit.train.watch import Watch
 
 FIXED, EOS = World(), World(seed=1, eos=True, prompts=2)
 
@@ -49,7 +50,7 @@ def session(tmp_path_factory):
                             "MASTER_PORT": str(free_port())}.items():
             patch.setenv(name, value)
         rank._start(run)
-        yield Session(run, False, sys.stderr)
+        yield Session(run, False, sys.stderr, Watch(lambda error: 1))
         dist.destroy_process_group()
     for number, handler in handlers.items():
         signal.signal(number, handler)
