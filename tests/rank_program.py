@@ -45,7 +45,8 @@ def replay(session: Session) -> dict:
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     closed = {name: value.double().clone() for name, value in full_state_dict(model, session.is_main).items()}
     for _ in range(STEPS):
-        rows.append(ppo.update(session, roles, mine, 1.0, {"actor": 1e-3, "critic": 1e-3}))
+        rows.append(ppo.update(session, roles, mine, session.pipeline.ppo, 1.0,
+                               {"lr_actor": 1e-3, "lr_critic": 1e-3}))
         ema.update()
         state = full_state_dict(model, session.is_main)
         closed = {name: DECAY * closed[name] + (1 - DECAY) * state[name].double() for name in state}
@@ -66,8 +67,6 @@ def replay(session: Session) -> dict:
             "elements": sum(value.numel() for value in found.values()),
             "dtypes": sorted({str(value.dtype) for value in found.values()})})
     return {}
-
-
 
 
 def main(jobs: list[dict]) -> None:

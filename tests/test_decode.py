@@ -32,15 +32,19 @@ def request(lengths=(3, 6, 4, 6), seeds=None, pad=0, seed=0):
                       row_seeds=torch.tensor(range(len(lengths)) if seeds is None else seeds))
 
 
+def plain_attention(model):
+    return "sdpa" if model._supports_sdpa else "eager"
+
+
 def run(model, asked, sampling=SAMPLING, slots=64, path="slots"):
     """Decode with plain transformers (`plain`) or with the slots of memory (`slots`)."""
     AttentionInterface.register(ATTENTION, attend)
     fast = path == "slots" and model.config.model_type in FAMILIES
-    model.set_attn_implementation(ATTENTION if fast else "sdpa")
+    model.set_attn_implementation(ATTENTION if fast else plain_attention(model))
     try:
         return decode(Slots(model, KVSlots(slots, 64)) if fast else Plain(model, slots), asked, sampling)
     finally:
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation(plain_attention(model))
 
 
 def responses(batch):

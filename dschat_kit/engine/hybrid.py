@@ -67,7 +67,7 @@ class HybridEngine(RolloutEngine):
         rows = request.prompt_ids.shape[0] * sampling.n_samples_per_prompt
         slots = min(rows, max(self.slots, sampling.n_samples_per_prompt))
         if self.path == "plain":
-            model.set_attn_implementation("sdpa")
+            model.set_attn_implementation(self.replica.source.config._attn_implementation)
             return decode(Plain(model, slots), request, sampling)
         model.set_attn_implementation(ATTENTION)
         longest = int(request.prompt_attention_mask.sum(1).max()) + sampling.max_new_tokens
