@@ -15,12 +15,13 @@ from dschat_kit.data.prompts import PromptStyle, question_of
 from dschat_kit.data.sources import read_source
 from dschat_kit.data.splits import part_of
 from dschat_kit.data.tokenizer import pad_id_of
-from dschat_kit.engine.decode import decode
+from dschat_kit.engine.decode import Plain, decode
 from dschat_kit.engine.rollout_types import KitRequest
 from dschat_kit.metrics import JsonlWriter, read_metrics
-from dschat_kit.models.loading import load_causal_lm, model_inputs, response_logits, save_folder
+from dschat_kit.models.loading import load_causal_lm, model_inputs, save_folder
 from dschat_kit.models.scalar_model import last_token, load_scalar_model, response_values
-from dschat_kit.rlhf.losses import policy_loss, preference_loss, sft_loss, token_logprobs, value_loss
+from dschat_kit.rlhf.logprobs import response_logprobs
+from dschat_kit.rlhf.losses import policy_loss, preference_loss, sft_loss, value_loss
 from dschat_kit.rlhf.rollout import Roles, make_experience, score_responses
 from dschat_kit.runs import open_run, prepare_stage
 from dschat_kit.train.ppo_metrics import rollout_metrics
@@ -29,7 +30,7 @@ from dschat_kit.train.prompts import Prompts, sample_lines, sampling_of
 PIPELINE = Pipeline(data=Data(rows=150, stage_split="1,1,1"), sampling=Sampling(max_new_tokens=12),
                     model=Model(hidden_size=32, heads=2, layers=1, intermediate_size=64, vocab_size=300, dtype="fp32"),
                     ppo=Ppo(missing_eos_score=None))
-ALONE = SimpleNamespace(sum_tensor=lambda tensor: tensor, largest=lambda *values: list(values))
+ALONE = SimpleNamespace(pipeline=PIPELINE, sum_tensor=lambda tensor: tensor, largest=lambda *values: list(values))
 """What a session of one rank does with sums."""
 
 
@@ -85,7 +86,7 @@ def test_one_record_is_followed_to_the_end(world, tmp_path):
     request = KitRequest(prompt_ids=prompts.prompt_ids, prompt_attention_mask=prompts.attention_mask,
                          row_seeds=torch.tensor([7]))
     sampling = sampling_of(PIPELINE, world.tokenizer, world.pad_id)
-    batch = decode(world.roles.actor, request, sampling, lambda unfinished: unfinished)
+    batch = decode(Plain(world.roles.actor, 1), request, sampling)
     length = batch.response_mask.shape[1]
     scored = score_responses(world.roles, batch.input_ids, batch.attention_mask, length, sampling.temperature, 8)
     assert torch.allclose(scored.logprobs, batch.logprobs, atol=1e-4)  # what the sampler saw
@@ -102,8 +103,8 @@ def test_one_record_is_followed_to_the_end(world, tmp_path):
                 f"their sum {experience.rewards.sum():+.3f}")
 
     # losses: at the first update the policy is the one that sampled
-    new = token_logprobs(response_logits(world.roles.actor, experience.sequences, experience.attention_mask, length),
-                         batch.input_ids[:, -length:], sampling.temperature)
+    new, _ = response_logprobs(world.roles.actor, experience.sequences, experience.attention_mask, length,
+                               sampling.temperature)
     values = response_values(world.roles.critic, experience.sequences, experience.attention_mask, length)
     tokens = experience.response_mask.sum()
     loss, policy = policy_loss(new, experience.logprobs, experience.advantages, experience.response_mask,
