@@ -127,7 +127,7 @@ def close(one: list[dict], other: list[dict], name: str, steps: int) -> None:
 
 PPO_METRICS = """step score_mean score_std score_min score_max kl kl_k3 kl_coef policy_loss value_loss approx_kl
     clip_fraction value_clip_fraction ratio_max entropy explained_variance response_length eos_rate grad_norm_actor
-    kl_k2 sampler_gap advantage_std grad_norm_critic lr_actor lr_critic seconds_generation seconds_scoring
+    kl_k2 advantage_std grad_norm_critic lr_actor lr_critic seconds_generation seconds_scoring
     seconds_training seconds_other tokens_per_second peak_memory_mb""".split()
 RESULTS = {
     "data": "rows realised_weights overlaps truncated",
