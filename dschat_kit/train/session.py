@@ -102,7 +102,8 @@ class Session:
     def log(self, step: int, row: dict, show: tuple[str, ...] = ()) -> None:
         """One line of metrics.jsonl after `step` steps. Raises RunError on every rank when a loss or a gradient is not
         finite; DeepSpeed would skip such steps without end."""
-        bad = [name for name, value in row.items() if ("loss" in name or "grad" in name) and not math.isfinite(value)]
+        watched = ("loss",) if self.pipeline.model.dtype == "fp16" else ("loss", "grad")  # fp16 may overflow
+        bad = [name for name, value in row.items() if any(w in name for w in watched) and not math.isfinite(value)]
         if bad:
             raise RunError(f"{', '.join(bad)} is not finite at step {step}\n  change: a lower learning rate; "
                            f"checkpoints are kept in {self.run.checkpoints}")
