@@ -355,12 +355,13 @@ def test_a_model_that_cannot_be_used_is_said(tmp_path, make, sets, words):
     assert open_run(tmp_path / "run", "sft").state in ("failed", "missing")
 
 
-# -- every ZeRO stage, adapters, bf16
+# -- ZeRO stages, adapters, bf16
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sets", [["zero.stage=0"], ["zero.stage=1"], ["zero.stage=3"], ["lora.rank=4", "zero.stage=0"],
-                                  ["lora.rank=4", "zero.stage=2"], ["lora.rank=4", "zero.stage=3"]], ids=" ".join)
-def test_every_zero_stage_and_adapters(chain, tmp_path, sets):
+@pytest.mark.parametrize("sets", [["zero.stage=0"], ["lora.rank=4", "zero.stage=2"], ["lora.rank=4", "zero.stage=3"]],
+                         ids=" ".join)
+def test_other_zero_stages_and_adapters(chain, tmp_path, sets):
+    """As launched from the command line; test_engine_ranks.py holds that all stages give the same losses."""
     sets = [*sets, "sft.max_steps=20", "reward.max_steps=12", "ppo.max_steps=2", "ppo.lr_actor=4e-3"]
     shutil.copytree(chain / "data", tmp_path / "data")
     for stage in ("sft", "reward", "ppo"):
