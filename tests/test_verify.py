@@ -160,7 +160,8 @@ def test_other_sizes_reach_it_too(session, world, beta):
     ("KL x 1.2", "beta_hat"), ("no KL", "beta_hat"), ("score one token early", "gap_closed"),
     ("whitening with shift", "gap_closed"), ("no masks", "gap_closed"), ("temperature unaccounted", "ratio_error")])
 def test_training_with_a_bug_fails_its_check(session, monkeypatch, bug, said):
-    wrong = {**WRONG, **WRONG_WITH_EOS, "no masks": [(program, "make_experience", no_masks)],
+    wrong = {**WRONG, **WRONG_WITH_EOS,
+             "no masks": [(program, "score_responses", scored_without_masks), (program, "make_experience", no_masks)],
              "temperature unaccounted": [(program, "actor_objective", lambda *args: SHIPPED["actor_objective"](
                  *args[:3], 0.7, args[4]))]}
     for place, name, broken in wrong[bug]:
