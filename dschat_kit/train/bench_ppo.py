@@ -22,6 +22,7 @@ from dschat_kit.train.ppo import update
 from dschat_kit.train.prompts import reused
 from dschat_kit.train.rank import start_distributed
 from dschat_kit.train.session import Session
+from dschat_kit.train.watch import Watch
 
 __all__ = ["ppo"]
 
@@ -32,7 +33,7 @@ class _Job(Session):
     """What the loop asks of a session, without a run folder."""
 
     def __init__(self, pipeline: Pipeline, device: torch.device):
-        self.pipeline, self.device = pipeline, device
+        self.pipeline, self.device, self.watch = pipeline, device, Watch(lambda hanging: 1)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
 
 
@@ -63,7 +64,7 @@ def iteration(job: _Job, roles: Roles, temperature: float, sample) -> list[float
                              job.pipeline.rollout.micro_batch_size, sampled)
     experience = make_experience(sequences, mask, response, response.any(1), scored, job.pipeline.ppo, job.sum_tensor)
     times.append(time.perf_counter())
-    update(job, roles, experience, temperature, {"actor": LR, "critic": LR})
+    update(job, roles, experience, job.pipeline.ppo, temperature, {"lr_actor": LR, "lr_critic": LR})
     return np.diff([*times, time.perf_counter()]).tolist()
 
 

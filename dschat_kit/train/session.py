@@ -49,8 +49,9 @@ class Session:
         the state that was saved with it; None at the beginning, also when there is no checkpoint yet."""
         loaded = load_checkpoint(self.run.checkpoints, engines, self.say) if self.resume else None
         self.total, self.engines = total, engines
-        for engine in engines.values():  # every token of a generation is progress
-            engine.module.register_forward_pre_hook(lambda *_: self.watch.beat())
+        for engine in engines.values():
+            if hasattr(engine, "module"):  # a moving average computes nothing
+                self.follow(engine.module)
         self.watch.start(self.pipeline.telemetry.hang_minutes)
         if loaded:
             self.first_step, self.started = loaded["step"], self.started - loaded["elapsed"]
@@ -64,6 +65,10 @@ class Session:
             self._metrics, self._samples = JsonlWriter(self.run.metrics_path), JsonlWriter(self.run.samples_path)
             self.run.update_status(state="running", step=self.first_step, total=total, resumed_from=self.resumed_from)
         return loaded["state"] if loaded else None
+
+    def follow(self, module: torch.nn.Module) -> None:
+        """Let every forward pass of the module count as progress: so does every token of a generation."""
+        module.register_forward_pre_hook(lambda *_: self.watch.beat())
 
     def prepare_data(self) -> tuple:
         """(data folder, tokenizer, id for padding); the main rank builds the data stage first where it is missing."""
