@@ -2,7 +2,7 @@
 
 Read the modules in READING_ORDER; every one imports only from those before it.
 
-    sections, data_section, held, config, presets    what was asked
+    sections, data_section, model_section, config, presets    what was asked
     machine, feasible, runs, metrics                 the machine, what it cannot, and the run folder
     data/      raw rows -> records -> exact text -> splits -> token rows -> batches
     models/    Hugging Face models: causal, and with a scalar head
@@ -16,7 +16,7 @@ Read the modules in READING_ORDER; every one imports only from those before it.
 """
 
 READING_ORDER = (
-    "sections", "data_section", "held", "config", "presets", "machine", "feasible", "runs", "metrics",
+    "sections", "data_section", "model_section", "config", "presets", "machine", "feasible", "runs", "metrics",
     "data.toy", "data.prompts", "data.formats", "data.files", "data.sources", "data.splits", "data.selection",
     "data.tokenizer", "data.store", "data.pipeline", "data.datasets", "data.benchmark",
     "models.loading", "models.scalar_model", "models.lora", "models.fetch",

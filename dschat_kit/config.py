@@ -15,7 +15,7 @@ import typing
 from dataclasses import dataclass, field
 
 from dschat_kit.data_section import Data
-from dschat_kit.held import Lora, Model, Zero
+from dschat_kit.model_section import Lora, Model, Zero
 from dschat_kit.sections import ConfigError, Section, bounded, build, error, parse, unknown
 
 __all__ = ["ConfigError", "Data", "Pipeline", "STAGES"]

@@ -4,13 +4,14 @@ import dataclasses
 import json
 import os
 import subprocess
+import threading
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from dschat_kit.config import ConfigError, Pipeline
 
-__all__ = ["Machine", "checkout", "detect", "resolve"]
+__all__ = ["Machine", "PeakMemory", "checkout", "detect", "resolve"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,30 @@ def detect() -> Machine:
     gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" or _torch_build().endswith("+cpu") else _gpu_count()
     return Machine(accelerator="cuda" if gpus else "cpu", devices=gpus or cores, cores=cores, memory_gb=_memory_gb(),
                    bf16=_gpu_bf16() if gpus else _cpu_bf16(), torch_build=_torch_build())
+
+
+class PeakMemory:
+    """The largest anonymous memory (MB) of this process while inside, looked at every 10 ms; mapped files do not count.
+    `before_mb` is what it held at the beginning."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.before_mb = self.peak_mb = self._now()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.01):
+            self.peak_mb = max(self.peak_mb, self._now())
+
+    @staticmethod
+    def _now() -> float:
+        return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) / 1024
 
 
 def checkout() -> Path:

@@ -8,7 +8,8 @@ from test_decode import run
 from tiny_models import folder
 
 from dschat_kit.cli import main
-from dschat_kit.train.bench import Work, layer_weights, load_model, peak_anon_mb
+from dschat_kit.train.bench import Work, load_model, peak_anon_mb
+from dschat_kit.train.telemetry import weights_of
 
 SPEC = {"batch": 6, "prompt_tokens": 9, "new_tokens": 7, "temperature": 1.0, "seed": 0}
 TINY = ["--model", "random:tiny", "--batch", "3", "--prompt-tokens", "5", "--new-tokens", "4", "--dtype", "fp32",
@@ -42,8 +43,8 @@ def test_the_cost_is_that_of_the_shapes():
     """Counted by hand for one row: every fed token meets every layer matrix, every sampled one the head."""
     model = load_model("random:tiny", "fp32")
     weights = 2 * (4 * 64 * 64 + 3 * 64 * 128)
-    assert layer_weights(model) == weights
-    flops, read = work(batch=1).cost(model.config, weights)
+    assert weights_of(model) == (weights, 64 * 1000, 2 * 64)
+    flops, read = work(batch=1).cost(model)
     fed = 9 + 7 - 1
     assert flops == 2 * weights * fed + 2 * 64 * 1000 * 7 + sum(4 * 2 * 64 * context for context in range(1, fed + 1))
     assert read == (weights + 64 * 1000) * 7 + sum(2 * 2 * 64 * context for context in range(10, fed + 1))

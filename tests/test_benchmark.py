@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from dschat_kit import cli
-from dschat_kit.data.benchmark import _PeakMemory
 from dschat_kit.data.pipeline import build_stage_data
 from dschat_kit.data.tokenizer import train_tokenizer
+from dschat_kit.machine import PeakMemory
 
 
 def test_what_is_printed(tmp_path, capsys, monkeypatch):
@@ -33,7 +33,7 @@ def test_the_memory_that_is_measured_is_anonymous(tmp_path):
     peaks = []
     for make in (lambda: np.load(tmp_path / "file.npy", mmap_mode="r").sum(),
                  lambda: np.ones(30_000_000, dtype=np.uint8).repeat(2).sum()):
-        with _PeakMemory() as memory:
+        with PeakMemory() as memory:
             memory._done.wait(0.1)
             before = memory.peak_mb
             for _ in range(5):

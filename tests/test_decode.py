@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from references import response_logits
 from tiny_models import SHAPES, VOCABULARY, causal_lm, tokenizer
 from transformers import AttentionInterface
 
@@ -13,7 +14,6 @@ from dschat_kit.engine.attention import ATTENTION, FAMILIES, KVSlots, attend
 from dschat_kit.engine.decode import Plain, Slots, decode
 from dschat_kit.engine.rollout_types import KitRequest, KitSampling
 from dschat_kit.engine.sampling import row_uniforms, sample_tokens
-from dschat_kit.models.loading import response_logits
 from dschat_kit.rlhf.losses import token_logprobs
 from dschat_kit.runs import RunError
 

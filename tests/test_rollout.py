@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from references import response_logits
 from test_decode import request, run
 from tiny_models import SETTINGS, causal_lm, folder
 
 from dschat_kit.config import Ppo
-from dschat_kit.models.loading import response_logits
 from dschat_kit.models.scalar_model import last_token, load_scalar_model
 from dschat_kit.rlhf.losses import policy_loss, token_logprobs
 from dschat_kit.rlhf.rollout import Roles, make_experience, score_responses

@@ -4,11 +4,9 @@ Synthetic preference rows of about 200 tokens from four blended sources go throu
 peer is a bare `datasets.map(batched=True)` with the same tokenizer over the same texts, in the same run.
 """
 
-import itertools
 import json
 import random
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from dschat_kit.data.datasets import StepSampler, TokenRows, preference_batch
 from dschat_kit.data.pipeline import build_stage_data, tokenizer_of, write_tokens
 from dschat_kit.data.store import TEXTS, table_writer
 from dschat_kit.data.tokenizer import open_tokenizer, pad_id_of, train_tokenizer
+from dschat_kit.machine import PeakMemory
 from dschat_kit.runs import prepare_stage
 
 __all__ = ["bench_data"]
@@ -44,7 +43,7 @@ def bench_data(rows: int, tokenizer: str | None = None, report=lambda line: None
         report(f"bench {rows} rows of about {TOKENS} tokens in {len(files)} files")
         pipeline = Pipeline(data=Data(sources=",".join(files), max_prompt_tokens=TOKENS, max_response_tokens=TOKENS),
                             model=Model(name=str(model)))
-        with _PeakMemory() as memory:
+        with PeakMemory() as memory:
             built, cold = _first_batch(folder / "cold", pipeline, report)
         _, warm = _first_batch(folder / "warm", pipeline, report)
         return {"rows_per_second": rows / built, "peak_anon_mb": memory.peak_mb, "first_batch_seconds": cold,
@@ -102,29 +101,3 @@ def _share_of_bare_map(root: Path, pipeline: Pipeline) -> float:
         write_tokens(root / "texts.arrow", root / f"ours{number}.arrow", tokenizer, pipeline.data)
         shares.append((middle - clock) / (time.perf_counter() - middle))
     return sorted(shares)[2]
-
-
-class _PeakMemory:
-    """The largest anonymous memory of this process and its children while inside, looked at every 20 ms."""
-
-    def __enter__(self):
-        self.peak_mb, self._done = 0.0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self):
-        import psutil
-        while not self._done.wait(0.02):
-            total = 0
-            for pid in itertools.chain(["self"], (child.pid for child in psutil.Process().children(recursive=True))):
-                try:
-                    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-                except OSError:  # a child that has just ended
-                    continue
-                total += sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-            self.peak_mb = max(self.peak_mb, total / 1024)

@@ -96,6 +96,7 @@ def _transcripts(row: dict) -> Iterable[Pair]:
 def _tree(row: dict) -> Iterable[Pair]:
     """All pairs of ranked answers at every place of a tree of messages; rank 0 is the best (OpenAssistant)."""
     def walk(message: dict, before: list[Turn]) -> Iterable[Pair]:
+        """Pairs of the answers to `message`, which follows the turns `before`, and of all that comes below it."""
         role = {"prompter": "user"}.get(message["role"], message["role"])
         turns, replies = [*before, (role, message["text"])], message.get("replies") or []
         ranked = sorted((r for r in replies if r["role"] == "assistant" and r.get("rank") is not None),

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ATTENTION", "FAMILIES", "KVSlots", "attend", "kv_bytes_per_token"]
+__all__ = ["ATTENTION", "FAMILIES", "KVSlots", "UnknownAttention", "attend", "kv_bytes_per_token"]
 
 ATTENTION = "dschat"
 FAMILIES = ("opt", "gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma")
@@ -27,6 +27,10 @@ def kv_bytes_per_token(config, dtype: torch.dtype) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * size * dtype.itemsize
+
+
+class UnknownAttention(Exception):
+    """The model asks for something that `attend` does not compute; the plain path does."""
 
 
 class KVSlots:
@@ -135,6 +139,6 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
            softcap: float | None = None, **_) -> tuple[Tensor, None]:
     """Transformers' attention interface: (n, H, queries, D) in, (n, queries, H, D) out."""
     if softcap is not None or attention_mask is not None:
-        raise NotImplementedError("soft-capped attention, or a mask of the model's own")
+        raise UnknownAttention("soft-capped attention, or a mask of the model's own")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return cache.attend(module.layer_idx, query, key, value, scaling, sliding_window), None

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.rollout.base import RolloutEngine
 
-from dschat_kit.engine.attention import ATTENTION, FAMILIES, KVSlots, kv_bytes_per_token
+from dschat_kit.engine.attention import ATTENTION, FAMILIES, KVSlots, UnknownAttention, kv_bytes_per_token
 from dschat_kit.engine.decode import Plain, Slots, decode
 from dschat_kit.engine.parity import first_difference
 from dschat_kit.engine.replica import Replica
@@ -83,7 +83,7 @@ class HybridEngine(RolloutEngine):
             difference = first_difference(model, request)
         except RunError:  # no finite logits: the rollout itself says it, with the right row
             return
-        except NotImplementedError as error:
+        except UnknownAttention as error:
             difference = f"the model has {error}"
         self._checked = True
         self.path = "plain" if difference else "slots"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from dschat_kit.engine.attention import ATTENTION, attend
+from dschat_kit.models.lora import ACTOR, merged_weight
 
 __all__ = ["Replica"]
 
@@ -73,17 +74,14 @@ class Replica:
     def _adapter(self, name: str) -> list[str]:
         """Names of the low-rank factors that belong to a weight; [] when there are none."""
         stem = name.removesuffix(".base_layer.weight")
-        names = [f"{stem}.lora_{side}.default.weight" for side in "AB"]
+        names = [f"{stem}.lora_{side}.{ACTOR}.weight" for side in "AB"]
         return names if stem != name and names[0] in self._parameters else []
 
     def _whole(self, name: str) -> Tensor:
         weight, adapter = self._parameters[name].detach(), self._adapter(name)
         if adapter:
             layer = self.source.get_submodule(name.removesuffix(".base_layer.weight"))
-            first, second = (self._parameters[part].detach().float() for part in adapter)
-            change = second @ first * layer.scaling["default"]
-            weight = weight.float() + (change.T if layer.fan_in_fan_out else change)
-            weight = weight.to(self._parameters[name].dtype)  # what the export holds
+            weight = merged_weight(layer, weight, *(self._parameters[part].detach() for part in adapter))
         return weight.to(self.dtype)
 
     def _set(self, name: str, weight: Tensor, lasting: bool) -> None:

@@ -20,7 +20,7 @@ from dschat_kit.data.tokenizer import pad_id_of
 from dschat_kit.runs import RunError
 
 __all__ = ["DTYPES", "accepts", "can_pack", "check_length", "left_aligned", "load_causal_lm", "load_config",
-           "load_pretrained", "model_inputs", "quiet_loading", "response_columns", "response_logits", "save_folder"]
+           "load_pretrained", "model_inputs", "quiet_loading", "response_columns", "save_folder"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CAUSAL = ("ForCausalLM", "LMHeadModel")
@@ -164,13 +164,6 @@ def response_columns(attention_mask: Tensor, response_length: int) -> Tensor:
     places = torch.arange(response_length, device=attention_mask.device) - 1
     columns = attention_mask[:, :-response_length].sum(1, keepdim=True) + places
     return columns.clamp(max=int(attention_mask.sum(1).max()) - 1)
-
-
-def response_logits(model: nn.Module, sequences: Tensor, attention_mask: Tensor, response_length: int) -> Tensor:
-    """(B, A, V) logits that predict the last `response_length` tokens; no other position is projected to V."""
-    keep = {"logits_to_keep": response_length + 1} if accepts(model, "logits_to_keep") else {}
-    logits = model(**model_inputs(model, sequences, attention_mask), use_cache=False, **keep).logits
-    return logits[:, -response_length - 1:-1]
 
 
 def save_folder(model: nn.Module, tokenizer, folder: Path, state_dict: dict | None = None,

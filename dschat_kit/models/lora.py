@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dschat_kit.config import ConfigError, Lora
 
-__all__ = ["ACTOR", "add_adapters", "merge_adapters", "save_adapter"]
+__all__ = ["ACTOR", "add_adapters", "merge_adapters", "merged_weight", "save_adapter"]
 
 ACTOR = "default"
 """peft's name of a model's first adapter."""
@@ -65,17 +65,21 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
 
 
+def merged_weight(layer: nn.Module, base: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """W + alpha / rank * B A of one adapted layer from W, A and B, computed in fp32 and rounded as W is."""
+    change = second.float() @ first.float() * layer.scaling[ACTOR]
+    return (base.float() + (change.T if layer.fan_in_fan_out else change)).to(base.dtype)
+
+
 def merge_adapters(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of `model` without adapters: each weight W becomes W + alpha / rank * B A, computed in fp32.
+    """The state dict of `model` without adapters: each weight becomes its `merged_weight`.
 
     Works on gathered weights, so it does not matter how `model` itself is sharded. Adapters of other roles are dropped.
     """
     merged = {name: value for name, value in state.items() if "lora_" not in name}
     for name, layer in _layers(model).items() if state else ():
-        first, second = (state[f"{name}.lora_{side}.{ACTOR}.weight"].float() for side in "AB")
-        change = second @ first * layer.scaling[ACTOR]
-        base = merged.pop(f"{name}.base_layer.weight")
-        merged[f"{name}.weight"] = (base.float() + (change.T if layer.fan_in_fan_out else change)).to(base.dtype)
+        factors = (state[f"{name}.lora_{side}.{ACTOR}.weight"] for side in "AB")
+        merged[f"{name}.weight"] = merged_weight(layer, merged.pop(f"{name}.base_layer.weight"), *factors)
         if f"{name}.base_layer.bias" in merged:
             merged[f"{name}.bias"] = merged.pop(f"{name}.base_layer.bias")
     return merged

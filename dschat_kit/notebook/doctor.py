@@ -21,6 +21,7 @@ import psutil
 
 from dschat_kit.machine import Machine, checkout, detect
 from dschat_kit.notebook.diagnosis import Check, render, run_checks
+from dschat_kit.notebook.processes import compile_locks
 
 __all__ = ["Check", "machine_checks", "render", "run_checks"]
 
@@ -185,7 +186,6 @@ def _loopback() -> Check:
 
 def _compile_locks() -> list[Check]:
     """Locks of DeepSpeed compiles that were killed: a later compile waits on them for ever. Only told when found."""
-    home = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
     return [_check("compile lock", f"{lock}, {(time.time() - lock.stat().st_mtime) / 60:.0f} minutes old", "warn",
                    f"if nothing is compiling now: rm '{lock}'")
-            for lock in sorted([*home.glob("*/lock"), *home.glob("*/*/lock")])]
+            for lock in compile_locks()]

@@ -6,19 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["entropy_of", "policy_loss", "preference_loss", "sft_loss", "token_logprobs", "value_loss"]
+__all__ = ["policy_loss", "preference_loss", "sft_loss", "token_logprobs", "value_loss"]
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
     """(B, A) log-probabilities of `tokens` (B, A) under `logits` (B, A, V), in fp32."""
     scaled = logits.float() / temperature
     return scaled.gather(-1, tokens[..., None]).squeeze(-1) - scaled.logsumexp(-1)
-
-
-def entropy_of(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """(B, A) entropy of the next-token distribution, in nats."""
-    logprobs = (logits.float() / temperature).log_softmax(-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
 
 
 def sft_loss(logits: Tensor, sequences: Tensor, response_mask: Tensor, tokens: float | Tensor) -> tuple[Tensor, dict]:

@@ -11,7 +11,6 @@ import gc
 import itertools
 import json
 import sys
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,11 +28,13 @@ from dschat_kit.engine.decode import Slots, decode
 from dschat_kit.engine.hybrid import HybridEngine
 from dschat_kit.engine.replica import Replica
 from dschat_kit.engine.rollout_types import KitRequest, KitSampling
+from dschat_kit.machine import PeakMemory
 from dschat_kit.models.loading import DTYPES, load_config
 from dschat_kit.runs import write_json
 from dschat_kit.train.rank import start_distributed
+from dschat_kit.train.telemetry import forward_flop, matmul_peak, weights_of
 
-__all__ = ["Work", "engines_of", "fastest", "layer_weights", "load_model", "main", "peak_anon_mb", "roofline"]
+__all__ = ["Work", "engines_of", "fastest", "load_model", "main", "peak_anon_mb", "roofline"]
 
 SHAPES = {
     "opt-125m": ("opt", dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, ffn_dim=3072,
@@ -106,17 +107,15 @@ class Work:
                               logits_processor=ends, synced_gpus=sharded,
                               **(sample if self.temperature else dict(do_sample=False)), **how)
 
-    def cost(self, config, layer_weights: int) -> tuple[float, float]:
+    def cost(self, model) -> tuple[float, float]:
         """(floating-point operations, elements read) that have to happen at least once: see docs/performance.md."""
+        (body, head, attention), config = weights_of(model), model.config
         P, A = self.mask.sum(1).double(), self.lengths.double()
-        width, layers, V = config.hidden_size, config.num_hidden_layers, config.vocab_size
         fed = P + A - 1  # the last token is never fed
-        context = fed * (fed + 1) / 2
-        flops = 2 * layer_weights * fed + 2 * width * V * A + 4 * layers * width * context
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        kv = 2 * layers * width * heads / config.num_attention_heads
-        read = (layer_weights + width * V) * A.max() + (kv * (context - P * (P + 1) / 2)).sum()
-        return float(flops.sum()), float(read)
+        kv = 2 * attention * heads / config.num_attention_heads
+        read = (body + head) * A.max() + (kv * (fed * (fed + 1) - P * (P + 1)) / 2).sum()
+        return forward_flop(model, fed, A), float(read)
 
 
 class _EndAt(LogitsProcessor):
@@ -132,41 +131,20 @@ class _EndAt(LogitsProcessor):
 
 
 def peak_anon_mb(function) -> float:
-    """Megabytes of anonymous memory that a call needs beyond what was held before it (sampled every 10 ms)."""
-    def now() -> float:
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("RssAnon:")[2].split()[0]) / 1024
+    """Megabytes of anonymous memory that a call needs beyond what was held before it."""
     gc.collect()
-    before, seen, done = now(), [0.0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.01):
-            seen.append(now())
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
+    with PeakMemory() as memory:
         function()
-    finally:
-        done.set()
-        watcher.join()
-    return max(seen) - before if max(seen) else 0.0
+    return memory.peak_mb - memory.before_mb
 
 
 def roofline(dtype: str, device) -> dict[str, float]:
     """What this rank multiplies and reads a second, while the others do the same."""
-    a, b = (torch.randn(2048, 2048, device=device).to(DTYPES[dtype]) for _ in range(2))
     memory = torch.zeros(2**26, device=device)
-    best = {}
-    for name, work, function in (("matrix_gflops", 2 * 2048**3, lambda: a @ b),
-                                 ("read_gb_per_s", 4 * 2**26, memory.sum)):
-        times = []
-        for _ in range(4):
-            dist.barrier()
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-        best[name] = work / min(times) / 1e9
-    return best
+    dist.barrier()
+    flops = matmul_peak(dtype, device, 2048)
+    seconds = min(timed(memory.sum) for _ in range(4))
+    return {"matrix_gflops": flops / 1e9, "read_gb_per_s": 4 * 2**26 / seconds / 1e9}
 
 
 def engines_of(spec: dict, work: Work, engine, sharded: bool) -> dict:
@@ -227,7 +205,6 @@ def rollout(spec: dict) -> dict:
     """The JSON of `dschat bench rollout`."""
     device, rank = start_distributed(0), dist.get_rank()
     model = load_model(spec["model"], spec["dtype"])
-    config, weights = model.config, layer_weights(model)
     sharding = {"stage": spec["zero"]}
     if spec["zero"] == 3 and spec["live_parameters"] is not None:
         live = spec["live_parameters"]
@@ -237,7 +214,7 @@ def rollout(spec: dict) -> dict:
         "train_micro_batch_size_per_gpu": 1, "zero_optimization": sharding, "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False, "bf16": {"enabled": spec["dtype"] == "bf16"}, "steps_per_print": 10**9})
     engine.module.eval()
-    work = Work(spec, config, rank, device)
+    work = Work(spec, model.config, rank, device)
     calls, hybrid = engines_of(spec, work, engine, spec["zero"] == 3)
     variant, peaks, seconds = None, {}, {name: [] for name in calls}
     if "hf" in calls:
@@ -248,7 +225,7 @@ def rollout(spec: dict) -> dict:
     for _ in range(spec["repeats"]):
         for name, call in calls.items():
             seconds[name].append(timed(call))
-    flops, elements = work.cost(config, weights)
+    flops, elements = work.cost(engine.module)
     peak = roofline(spec["dtype"], device)
     totals = torch.tensor([float(work.lengths.sum()), flops, elements, *peak.values()], dtype=torch.float64)
     dist.all_reduce(totals)
@@ -264,13 +241,6 @@ def rollout(spec: dict) -> dict:
     return {"engines": found, "hf_variant": variant, "identical_greedy_tokens": same, "useful_tokens": useful,
             "path": hybrid.path, "reason": hybrid.reason,
             "roofline": {"matrix_gflops": gflops, "read_gb_per_s": bandwidth, **shares}}
-
-
-def layer_weights(model) -> int:
-    """Weights that every fed token is multiplied with: all matrices but the embeddings and the head."""
-    outside = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
-    return sum(p.numel() for name, p in model.named_parameters()
-               if p.dim() == 2 and id(p) not in outside and "embed" not in name and "wpe" not in name)
 
 
 def main(measure) -> None:

@@ -22,6 +22,7 @@ from dschat_kit.train.ppo import update
 from dschat_kit.train.prompts import reused
 from dschat_kit.train.rank import start_distributed
 from dschat_kit.train.session import Session
+from dschat_kit.train.telemetry import weights_of
 from dschat_kit.train.watch import Watch
 
 __all__ = ["ppo"]
@@ -76,8 +77,8 @@ def ppo(spec: dict) -> dict:
         f"zero.stage={spec['zero']}", f"model.dtype={spec['dtype']}", f"ppo.rollout_batch_size={rows}",
         f"ppo.mini_batch_size={rows}", f"ppo.micro_batch_size={micro}", f"rollout.micro_batch_size={micro}"]), device)
     roles = roles_of(spec, job)
-    config, weights = roles.actor.module.config, bench.layer_weights(roles.actor.module)
-    work = bench.Work(spec, config, job.rank, device)
+    actor = roles.actor.module
+    work = bench.Work(spec, actor.config, job.rank, device)
     calls, hybrid = bench.engines_of({**spec, "engines": ["kit", "hf"]}, work, roles.actor, spec["zero"] == 3)
     generate = calls["hf"][bench.fastest(calls["hf"])] if "hf" in spec["engines"] else None
 
@@ -98,8 +99,8 @@ def ppo(spec: dict) -> dict:
         for name, sample in samplers.items():
             dist.barrier()
             seconds[name].append(job.largest(*iteration(job, roles, work.temperature, sample)))
-    useful, forward = job.sum(work.lengths.sum(), work.cost(config, weights)[0])
-    head = 2 * config.hidden_size * config.vocab_size * useful
+    useful, forward = job.sum(work.lengths.sum(), work.cost(actor)[0])
+    head = 2 * weights_of(actor)[1] * useful
     gflops, = job.sum(bench.roofline(spec["dtype"], device)["matrix_gflops"])
     found = {}
     for name, times in seconds.items():

@@ -1,9 +1,10 @@
 """What a stage costs: memory by phase, the share of the measured matmul peak, and the metrics in other programs' files.
 
-FLOP of a forward pass over sequences of n tokens, a of them answered: 2 W n + 2 H a + 2 L d n^2, with W the weights of
-all linear layers but the language-model head, H those of the head, L layers and d the width (causal attention looks at
-half of n^2 pairs, twice). A backward pass is two more; with adapters one, since frozen weights need no gradient. Only
-what has to be computed at least once is counted: no padding, nothing that gradient checkpointing does again.
+FLOP of a forward pass over sequences of n tokens, a of them answered: 2 W n + 2 H a + 2 L d n (n + 1), with W the
+weights of all linear layers but the language-model head, H those of the head, L layers and d the width (each token
+looks at those up to itself, twice). A backward pass is two more; with adapters one, since frozen weights need no
+gradient. Only what has to be computed at least once is counted: no padding, nothing that gradient checkpointing does
+again.
 """
 
 import re
@@ -22,7 +23,7 @@ from dschat_kit.metrics import read_metrics
 from dschat_kit.models.loading import DTYPES
 from dschat_kit.runs import StageRun
 
-__all__ = ["Mirror", "forward_flop", "matmul_peak", "peak_memory_mb"]
+__all__ = ["Mirror", "forward_flop", "matmul_peak", "peak_memory_mb", "weights_of"]
 
 
 class Mirror:
@@ -62,9 +63,10 @@ def peak_memory_mb() -> float:
 
 
 @cache
-def matmul_peak(dtype: str, device: torch.device) -> float:
-    """FLOP per second of a large matrix product on this rank, best of three, while the other ranks do the same."""
-    size = 8192 if device.type == "cuda" else 768
+def matmul_peak(dtype: str, device: torch.device, size: int = 0) -> float:
+    """FLOP per second of a product of matrices `size` wide (0: large enough) on this rank, best of three, while the
+    other ranks do the same."""
+    size = size or (8192 if device.type == "cuda" else 768)
     a, times = torch.ones(size, size, dtype=DTYPES[dtype], device=device), []
     for _ in range(4):
         begin = time.perf_counter()
@@ -76,16 +78,16 @@ def matmul_peak(dtype: str, device: torch.device) -> float:
 
 def forward_flop(model: nn.Module, lengths: Tensor, answered: Tensor) -> float:
     """FLOP of one forward pass over sequences of `lengths` (B,) tokens, with logits at `answered` (B,) of them."""
+    (body, head, attention), n = weights_of(model), lengths.double()
+    return float((2 * body * n + 2 * head * answered + 2 * attention * n * (n + 1)).sum())
+
+
+def weights_of(model: nn.Module) -> tuple[int, int, int]:
+    """(weights of the linear layers, of the language-model head, layers x width) of a causal or scalar model, or of
+    that in an engine; adapters are left out."""
+    from transformers.pytorch_utils import Conv1D
     module = getattr(model, "module", model)
     module = getattr(module, "classifier", module)
-    body, head, attention = _weights(module)
-    tokens, squares = float(lengths.sum()), float(lengths.double().square().sum())
-    return 2 * body * tokens + 2 * head * float(answered.sum()) + 2 * attention * squares
-
-
-def _weights(module: nn.Module) -> tuple[int, int, int]:
-    """(weights of the linear layers, of the language-model head, layers x width); adapters are left out."""
-    from transformers.pytorch_utils import Conv1D
     out = module.get_output_embeddings()
     layers = [layer for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, Conv1D))
               and "lora_" not in name and layer is not out]

@@ -1,4 +1,4 @@
-"""How models are held: the sections Model, Lora and Zero, with the user's own DeepSpeed JSON."""
+"""The sections Model, Lora and Zero: how weights are made and held, with the user's own DeepSpeed JSON."""
 
 import json
 from dataclasses import dataclass
