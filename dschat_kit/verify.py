@@ -152,7 +152,7 @@ def figure(rows: list[dict]):
     from matplotlib.figure import Figure
     worlds = list(dict.fromkeys((name_of(row), row["seed"]) for row in rows))
     across = min(4, len(worlds))
-    made = Figure(figsize=(0.8 + 3.4 * across, 3.2 * -(-len(worlds) // across)), layout="constrained")
+    made = Figure(figsize=(1.6 + 3.4 * across, 3.2 * -(-len(worlds) // across)), layout="constrained")
     betas = sorted({row["beta"] for row in rows})
     for axes, world in zip(made.subplots(-(-len(worlds) // across), across, squeeze=False).flat, worlds, strict=False):
         some = [row for row in rows if (name_of(row), row["seed"]) == world]
@@ -162,6 +162,9 @@ def figure(rows: list[dict]):
             axes.plot(row["reached_kl"], row["reached_reward"], "o", alpha=0.7, label=f"beta {row['beta']:g}",
                       color=f"C{betas.index(row['beta'])}")
         axes.set(title=f"{world[0]}, seed {world[1]}", xlabel="KL to the reference (nats)", ylabel="E[reward]")
+        axes.spines[["top", "right"]].set_visible(False)
         named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-        axes.legend(named.values(), named.keys(), fontsize=8)
+        axes.legend(named.values(), named.keys(), fontsize=8, frameon=False)
+    made.set_label("Runs on the frontier of reward and KL: " + "; ".join(
+        f"{name_of(row)}, beta {row['beta']:g}, gap closed {row['gap_closed']:.4f}" for row in rows[:6]))
     return made
