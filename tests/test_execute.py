@@ -1,6 +1,7 @@
 """`dschat run` over tiny hand-made notebooks: order, parameters, failures, interrupts, the table at the end."""
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -115,7 +116,7 @@ def test_interrupt_leaves_no_process(tmp_path, signum):
     marker, child = tmp_path / "marker", tmp_path / "stubborn.py"
     child.write_text(STUBBORN)
     book = make(tmp_path, "04_ppo_hybrid_engine",
-                f"%%bash\nset -euo pipefail\n{' '.join(LAUNCH)} {sys.executable} '{child}' '{marker}'")
+                f"%%bash\nset -euo pipefail\n{shlex.join([*LAUNCH, sys.executable, str(child), str(marker)])}")
     script = ("import sys; from dschat_kit.notebook.execute import run_chain\n"
               f"sys.exit(run_chain(preset='tiny', run_root={str(tmp_path / 'r')!r}, notebooks=[{str(book)!r}]))")
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE,

@@ -1,6 +1,7 @@
 """The prefix command: output, exit code, no process left, whatever ends. Children are plain python and bash: fast."""
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -126,7 +127,7 @@ def test_output_comes_while_the_job_runs():
 
 
 def test_stdin_is_not_eaten():
-    script = f'{" ".join(LAUNCH)} cat\necho after\n'
+    script = f'{shlex.join(LAUNCH)} cat\necho after\n'
     done = subprocess.run(["bash"], input=script.encode(), capture_output=True, timeout=30)
     assert done.stdout == b"after\n"
 
@@ -220,7 +221,7 @@ def test_a_second_machine_has_its_own_log_and_leaves_lock_and_status_to_the_firs
 def test_ranks_are_asked_to_end_before_their_launchers(tmp_path, stage):
     rank = "import signal, sys, time; signal.signal(signal.SIGINT, lambda *_: (print('saved'), sys.exit(130)))"
     script = f"""trap 'echo launcher hit first' INT TERM
-                 RANK=0 {sys.executable} -c "{rank}; open('$0', 'w'); time.sleep(60)"; echo ended $?; exit 130"""
+                 RANK=0 '{sys.executable}' -c "{rank}; open('$0', 'w'); time.sleep(60)"; echo ended $?; exit 130"""
     process = begun(["bash", "-c", script, str(tmp_path / "marker"), "--run", str(stage)], tmp_path / "marker",
                     stdout=subprocess.PIPE)
     process.send_signal(signal.SIGTERM)
@@ -314,7 +315,7 @@ def papermill(source: Path, target: Path, **options) -> subprocess.Popen:
 
 
 def test_failing_training_fails_papermill(tmp_path, stage):
-    cell = f"%%bash\nset -euo pipefail\n{' '.join(LAUNCH)} bash -c 'echo \"error: no rows\"; exit 2' --run '{stage}'"
+    cell = f"%%bash\nset -euo pipefail\n{shlex.join(LAUNCH)} bash -c 'echo \"error: no rows\"; exit 2' --run '{stage}'"
     process = papermill(notebook(tmp_path / "a.ipynb", cell, "print('not reached')"), tmp_path / "b.ipynb")
     stderr = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 1 and "CalledProcessError" in stderr
@@ -326,7 +327,8 @@ def test_failing_training_fails_papermill(tmp_path, stage):
 def test_papermill_ended_from_outside_leaves_nothing(tmp_path, stage, signum):
     marker, child = tmp_path / "marker", tmp_path / "stubborn.py"
     child.write_text(STUBBORN)
-    cell = f"%%bash\nset -euo pipefail\n{' '.join(LAUNCH)} {sys.executable} '{child}' '{marker}' --run '{stage}'"
+    job = shlex.join([*LAUNCH, sys.executable, str(child), str(marker), "--run", str(stage)])
+    cell = f"%%bash\nset -euo pipefail\n{job}"
     process = papermill(notebook(tmp_path / "a.ipynb", cell), tmp_path / "b.ipynb")
     wait_until(marker.exists, 40)
     process.send_signal(signum)

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from dschat_kit.config import Pipeline
-from dschat_kit.engine.engines import build_engine, freeze
+from dschat_kit.engine.engines import freeze
 from dschat_kit.models.scalar_model import ScalarModel
 from dschat_kit.rlhf.rollout import Roles, make_experience, score_responses
 from dschat_kit.train import bench
-from dschat_kit.train.ppo import update
+from dschat_kit.train.ppo import trained, update
 from dschat_kit.train.prompts import reused
 from dschat_kit.train.rank import start_distributed
 from dschat_kit.train.session import Session
@@ -40,18 +40,13 @@ class _Job(Session):
 
 def roles_of(spec: dict, job: _Job) -> Roles:
     """Four models of the same shape; actor and critic with their optimisers."""
-    settings = job.pipeline.ppo
-
     def scalar() -> ScalarModel:
         return ScalarModel(bench.load_model(spec["model"], spec["dtype"], AutoModelForSequenceClassification,
                                             num_labels=1))
 
-    def trained(model):
-        return build_engine(model, job.pipeline, lr=LR, eps=1e-5, batch_size=settings.mini_batch_size, grad_clip=1.0,
-                            micro_batch_size=settings.micro_batch_size, world_size=job.world_size)
     actor, ref = (bench.load_model(spec["model"], spec["dtype"]) for _ in range(2))
-    return Roles(actor=trained(actor), critic=trained(scalar()), ref=freeze(ref, job.pipeline, job.device),
-                 reward=freeze(scalar(), job.pipeline, job.device))
+    return Roles(actor=trained(job, actor, LR), critic=trained(job, scalar(), LR),
+                 ref=freeze(ref, job.pipeline, job.device), reward=freeze(scalar(), job.pipeline, job.device))
 
 
 def iteration(job: _Job, roles: Roles, temperature: float, sample) -> list[float]:

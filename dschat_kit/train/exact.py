@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dschat_kit.config import Model, Pipeline, Ppo, Rollout, Sampling, Zero
 from dschat_kit.data.datasets import rank_share
-from dschat_kit.engine.engines import build_engine, freeze
+from dschat_kit.engine.engines import freeze
 from dschat_kit.engine.hybrid import HybridEngine
 from dschat_kit.engine.rollout_types import KitRequest, KitSampling
 from dschat_kit.engine.zero import full_state_dict
@@ -26,7 +26,7 @@ from dschat_kit.models.scalar_model import ScalarModel
 from dschat_kit.rlhf.rollout import Roles, make_experience, score_responses
 from dschat_kit.rlhf.worlds import World, WorldReward, reached
 from dschat_kit.runs import RunError, read_json, write_json
-from dschat_kit.train.ppo import actor_objective, iterate
+from dschat_kit.train.ppo import actor_objective, iterate, trained
 from dschat_kit.train.ppo_metrics import Clock
 from dschat_kit.train.rank import main
 from dschat_kit.train.session import Session
@@ -75,14 +75,8 @@ def solve(session: Session, case: Case) -> tuple[dict, nn.Module]:
     started, world, settings = time.time(), case.world, session.pipeline.ppo
     fitted = fit_reference(world)
     error = gradient_error(world, case.beta, fitted)
-    critic = scalar_copy(fitted)
-
-    def trained(model: nn.Module, lr: float):
-        return build_engine(model, session.pipeline, lr=lr, eps=1e-5, batch_size=settings.mini_batch_size,
-                            micro_batch_size=settings.micro_batch_size, world_size=session.world_size,
-                            grad_clip=settings.grad_clip)
-
-    roles = Roles(actor=trained(copy.deepcopy(fitted), settings.lr_actor), critic=trained(critic, settings.lr_critic),
+    roles = Roles(actor=trained(session, copy.deepcopy(fitted), settings.lr_actor),
+                  critic=trained(session, scalar_copy(fitted), settings.lr_critic),
                   ref=freeze(copy.deepcopy(fitted), session.pipeline, session.device),
                   reward=WorldReward(world).to(session.device))
     hybrid = HybridEngine(roles.actor, micro_batch_size=session.pipeline.rollout.micro_batch_size)

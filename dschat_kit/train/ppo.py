@@ -124,11 +124,6 @@ def build_roles(session: Session, tokenizer) -> Roles:
     pipeline, settings = session.pipeline, session.pipeline.ppo
     sft, reward = open_run(session.root, "sft").model_dir, open_run(session.root, "reward").model_dir
 
-    def trained(model, lr: float, **more):
-        return build_engine(model, pipeline, lr=lr, eps=1e-5, batch_size=settings.mini_batch_size,
-                            micro_batch_size=settings.micro_batch_size, world_size=session.world_size,
-                            grad_clip=settings.grad_clip, **more)
-
     def causal():
         with sharded_loading(pipeline, sft):
             return load_causal_lm(sft, pipeline.model, tokenizer, pipeline.seed)
@@ -141,12 +136,20 @@ def build_roles(session: Session, tokenizer) -> Roles:
     check_length(actor.config, pipeline.data.max_prompt_tokens + pipeline.sampling.max_new_tokens)
     if pipeline.lora.share_base:
         shared = SharedModel(actor, reward, pipeline)
-        engine = trained(shared, settings.lr_actor, groups=[shared.trained("actor"), shared.trained("critic")])
+        engine = trained(session, shared, settings.lr_actor, groups=[shared.trained("actor"), shared.trained("critic")])
         return Roles(**{role: Role(engine, role) for role in ("actor", "critic", "ref", "reward")})
     critic = add_adapters(scalar(), pipeline.lora, pipeline.seed) if settings.advantage == "gae" else None
-    return Roles(actor=trained(add_adapters(actor, pipeline.lora, pipeline.seed), settings.lr_actor),
-                 critic=trained(critic, settings.lr_critic) if critic is not None else None,
+    return Roles(actor=trained(session, add_adapters(actor, pipeline.lora, pipeline.seed), settings.lr_actor),
+                 critic=trained(session, critic, settings.lr_critic) if critic is not None else None,
                  ref=freeze(causal(), pipeline, session.device), reward=freeze(scalar(), pipeline, session.device))
+
+
+def trained(session: Session, model: nn.Module, lr: float, **more):
+    """A PPO role's engine with its optimiser (Adam eps 1e-5)."""
+    settings = session.pipeline.ppo
+    return build_engine(model, session.pipeline, lr=lr, eps=1e-5, batch_size=settings.mini_batch_size,
+                        micro_batch_size=settings.micro_batch_size, world_size=session.world_size,
+                        grad_clip=settings.grad_clip, **more)
 
 
 def learning_rates(settings: Ppo, step: int) -> dict[str, float]:

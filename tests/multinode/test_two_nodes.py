@@ -2,6 +2,7 @@
 DeepSpeed's launcher without ssh; one stage by pdsh and by torchrun; and the link that is lost."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -99,8 +100,8 @@ def launch(launcher: str, stage: str, nodes, place: Path, root: Path, sets=()) -
     if launcher != "pdsh":
         dashes = "-- " * (launcher == "torchrun")
         words = f'{by(launcher, place, 1)} --module {dashes}dschat_kit.train.{stage} --run "$0"'
-        jobs.append(start(nodes[1], place, "bash", "-c", f"{sys.executable} -m dschat_kit.notebook.launch -- {words}",
-                          str(root / stage)))
+        prefix = shlex.join([sys.executable, "-m", "dschat_kit.notebook.launch", "--"])
+        jobs.append(start(nodes[1], place, "bash", "-c", f"{prefix} {words}", str(root / stage)))
     return jobs
 
 
