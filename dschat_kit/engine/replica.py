@@ -27,6 +27,7 @@ class PackedLinear(nn.Linear):
     packed: Tensor | None = None
 
     def forward(self, input: Tensor) -> Tensor:
+        """input @ weight.T + bias."""
         if self.packed is None:
             return super().forward(input)
         return torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, "none", [], "")
@@ -54,6 +55,7 @@ class Replica:
         config = copy.deepcopy(source.config)
         with torch.device("meta"):
             self.model = type(source)(config).eval().requires_grad_(False)
+        config.pad_token_id = None  # some families look for it among the tokens of every step, to warn: a wait on a GPU
         self.model.generation_config = copy.deepcopy(source.generation_config)
         self._places: dict[str, list[str]] = {}  # name in the source -> names in the replica; tied weights have several
         first: dict[int, str] = {}
