@@ -227,8 +227,8 @@ class Pipeline(Section):
         """Raises ConfigError when a global batch of the stage does not divide into micro batches on so many ranks."""
         settings = getattr(self, stage, None)
         if stage == "ppo" and ranks % self.rollout.inference_tp_size:
-            raise error("rollout.inference_tp_size", repr(self.rollout.inference_tp_size), f"a divisor of {ranks} ranks",
-                        "--set rollout.inference_tp_size=1")
+            raise error("rollout.inference_tp_size", repr(self.rollout.inference_tp_size),
+                        f"a divisor of {ranks} ranks", "--set rollout.inference_tp_size=1")
         if stage == "ppo" and self.ppo.rollout_batch_size // self.ppo.samples_per_prompt % ranks:
             raise error("ppo.samples_per_prompt", repr(self.ppo.samples_per_prompt),
                         f"a multiple of {ranks} prompts a rollout: all answers to one stay on one rank")
