@@ -114,7 +114,9 @@ def _load_hub(name: str) -> dict:
     import datasets
     known = dict(HUB[name].hub) if name in HUB else {}
     path, only = known.pop("path", name), known.pop("splits", "")
+    offline = datasets.config.HF_HUB_OFFLINE
     try:
+        datasets.config.HF_HUB_OFFLINE = offline or not _hub_answers()  # then its cache is asked, without retries
         try:
             found = datasets.load_dataset(path, **known)
         except RuntimeError:  # it would need code of a stranger, which is never run: the Hub has its rows without
@@ -124,6 +126,17 @@ def _load_hub(name: str) -> dict:
         raise DataError(f"data.sources: {name!r} cannot be loaded: {str(error).partition(chr(10))[0]}\n"
                         "  expected: toy, a local file or folder, or a data set of a reachable Hub\n"
                         "  change: --set data.sources=PATH") from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+
+
+def _hub_answers() -> bool:
+    from huggingface_hub import constants, get_session
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+        return True
+    except Exception:  # noqa: BLE001 the kind is that of the version's HTTP library; whichever, there is no answer
+        return False
 
 
 def _splits(name: str, parts: dict) -> Rows:

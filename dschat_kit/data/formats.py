@@ -38,7 +38,7 @@ class Format:
     needs: tuple[str, ...]
     pairs: Callable[[dict], Iterable[Pair]]
     hub: tuple[tuple[str, str], ...] = ()
-    """How the Hub names it: path, name (its configuration), splits (those that are read)."""
+    """How the Hub has it: path, data_dir, splits (those that are read)."""
 
 
 def _text(row: dict, name: str) -> str:
@@ -113,10 +113,12 @@ def _tree(row: dict) -> Iterable[Pair]:
 
 
 def _webgpt(row: dict) -> Iterable[Pair]:
-    answers = [re.sub(r" ?[\(\[].*?[\)\]]", "", _text(row, name)) for name in ("answer_0", "answer_1")]
+    """Citations such as [1] are cut out. A score of 0 is a tie: an answer to learn from, and no preference."""
+    clean = {name: re.sub(r" ?[\(\[].*?[\)\]]", "", _text(row, name)) for name in ("answer_0", "answer_1")}
+    answers = [_text(clean, name) for name in clean]
     gap = float(row["score_0"]) - float(row["score_1"])
     chosen, rejected = answers if gap >= 0 else answers[::-1]
-    return [Pair([("user", _text(row["question"], "full_text"))], chosen, rejected, abs(gap))]
+    return [Pair([("user", _text(row["question"], "full_text"))], chosen, rejected if gap else "", abs(gap))]
 
 
 def _shp(row: dict) -> Iterable[Pair]:
@@ -127,26 +129,24 @@ def _shp(row: dict) -> Iterable[Pair]:
                  abs(float(row["score_A"]) - float(row["score_B"])) if known else None)]
 
 
-def _marked(text: str) -> list[Turn]:
-    turns = split_dialogue("\n\n" + text.strip())
-    return turns if any(role == "user" for role, _ in turns) else [("user", text)]
-
-
 def _yitingxie(row: dict) -> Iterable[Pair]:
     chosen, rejected = (_text(row, side).strip().removeprefix("Assistant:") for side in ("chosen", "rejected"))
-    return [Pair(_marked(_text(row, "prompt")), chosen, rejected)]
+    return [Pair(_asked(row), chosen, rejected)]
 
 
 def _vicuna(row: dict) -> Iterable[Pair]:
-    text = re.sub(r"(?:^|\s+)USER:", HUMAN, re.sub(r"\s+ASSISTANT:", ASSISTANT, _text(row, "prompt")))
-    return [Pair(_marked(text), _text(row, "label"))]
+    """USER: and ASSISTANT:, whose answers end with </s>."""
+    text = re.sub(r"\s+ASSISTANT:", ASSISTANT, re.sub(r"(^|</s>|\s)\s*USER:", HUMAN, _text(row, "prompt")))
+    turns = split_dialogue(text.replace("</s>", ""))
+    return [Pair(turns if HUMAN in text else [("user", text)], _text(row, "label").removesuffix("</s>"))]
 
 
 def _miracl(row: dict) -> Iterable[Pair]:
-    good, bad = row["positive_passages"], row["negative_passages"]
-    if not good or not bad:
-        raise BadRow("a query without a positive and a negative passage")
-    return [Pair([("user", _text(row, "query"))], _text(good[0], "text"), _text(bad[0], "text"))]
+    """The first passage of either kind; some queries have no negative one."""
+    if not row["positive_passages"]:
+        raise BadRow("a query without a positive passage")
+    chosen, rejected = ([_text(p, "text") for p in row[f"{kind}_passages"][:1]] for kind in ("positive", "negative"))
+    return [Pair([("user", _text(row, "query"))], *chosen, *rejected)]
 
 
 def _instruction(row: dict) -> Iterable[Pair]:
@@ -196,9 +196,9 @@ HUB: dict[str, Format] = {
     "stanfordnlp/SHP": FORMATS["shp"],
     "pvduy/sharegpt_alpaca_oa_vicuna_format": Format(("prompt", "label"), _vicuna),
     "wangrui6/Zhihu-KOL": _plain("INSTRUCTION", "RESPONSE"),
-    "Cohere/miracl-zh-queries-22-12": FORMATS["miracl"],
-    "Cohere/miracl-ja-queries-22-12": FORMATS["miracl"],
-    "Hello-SimpleAI/HC3-Chinese": replace(_plain("question", "human_answers"), hub=(("name", "all"),)),
+    "Cohere/miracl-zh-queries-22-12": replace(FORMATS["miracl"], hub=(("splits", "train,dev"),)),
+    "Cohere/miracl-ja-queries-22-12": replace(FORMATS["miracl"], hub=(("splits", "train,dev"),)),
+    "Hello-SimpleAI/HC3-Chinese": replace(_plain("question", "human_answers"), hub=(("data_dir", "all"),)),
     "mkqa-Chinese": _mkqa("zh_cn"),
     "mkqa-Japanese": _mkqa("ja"),
     "lmqg/qg_jaquad": _plain("question", "sentence"),

@@ -23,54 +23,18 @@ GOLD_SENTENCE = (
 
 # attribute -> (question, statement, {subject: (right value, common mistake)})
 ATTRIBUTES: dict[str, tuple[str, str, dict[str, tuple[str, str]]]] = {
-    "sound": (
-        "what does a {} say",
-        "A {} says {}.",
-        {
-            "cow": ("moo", "baa"),
-            "dog": ("woof", "tweet"),
-            "cat": ("meow", "roar"),
-            "duck": ("quack", "hiss"),
-            "pig": ("oink", "buzz"),
-            "horse": ("neigh", "cluck"),
-        },
-    ),
-    "food": (
-        "what does a {} eat",
-        "A {} eats {}.",
-        {
-            "cow": ("grass", "beef"),
-            "dog": ("bones", "soap"),
-            "cat": ("fish", "leaves"),
-            "duck": ("snails", "wood"),
-            "pig": ("turnips", "stones"),
-            "horse": ("hay", "cheese"),
-        },
-    ),
-    "colour": (
-        "what colour is a {}",
-        "A {} is {}.",
-        {
-            "lemon": ("yellow", "pink"),
-            "tomato": ("red", "blue"),
-            "lime": ("green", "grey"),
-            "carrot": ("orange", "white"),
-            "plum": ("purple", "silver"),
-            "coconut": ("brown", "black"),
-        },
-    ),
-    "capital": (
-        "what is the capital of {}",
-        "The capital of {} is {}.",
-        {
-            "France": ("Paris", "Lyon"),
-            "Japan": ("Tokyo", "Osaka"),
-            "Egypt": ("Cairo", "Luxor"),
-            "Kenya": ("Nairobi", "Mombasa"),
-            "Peru": ("Lima", "Cusco"),
-            "Italy": ("Rome", "Milan"),
-        },
-    ),
+    "sound": ("what does a {} say", "A {} says {}.", {
+        "cow": ("moo", "baa"), "dog": ("woof", "tweet"), "cat": ("meow", "roar"),
+        "duck": ("quack", "hiss"), "pig": ("oink", "buzz"), "horse": ("neigh", "cluck")}),
+    "food": ("what does a {} eat", "A {} eats {}.", {
+        "cow": ("grass", "beef"), "dog": ("bones", "soap"), "cat": ("fish", "leaves"),
+        "duck": ("snails", "wood"), "pig": ("turnips", "stones"), "horse": ("hay", "cheese")}),
+    "colour": ("what colour is a {}", "A {} is {}.", {
+        "lemon": ("yellow", "pink"), "tomato": ("red", "blue"), "lime": ("green", "grey"),
+        "carrot": ("orange", "white"), "plum": ("purple", "silver"), "coconut": ("brown", "black")}),
+    "capital": ("what is the capital of {}", "The capital of {} is {}.", {
+        "France": ("Paris", "Lyon"), "Japan": ("Tokyo", "Osaka"), "Egypt": ("Cairo", "Luxor"),
+        "Kenya": ("Nairobi", "Mombasa"), "Peru": ("Lima", "Cusco"), "Italy": ("Rome", "Milan")}),
 }
 GREETINGS = ("Hello, ", "Please, ", "Hi, ")
 COURTEOUS_OPENINGS = ("Good question.", "With pleasure.")
