@@ -104,6 +104,11 @@ def test_a_ranked_tree_gives_all_pairs_at_every_place():
                      ("and?", "deep good", "deep bad", 1.0)]
 
 
+def test_a_tree_without_a_pair_gives_its_answer():
+    tree = FORMATS["tree"].pairs({"prompt": reply("why?", None, reply("so", None), role="prompter")})
+    assert [(p.chosen, p.rejected) for p in tree] == [("so", "")]
+
+
 @pytest.mark.parametrize("row, form, turns, chosen", [
     ({"conversations": [{"from": "system", "value": "be kind"}, {"from": "human", "value": "why?"},
                         {"from": "gpt", "value": "good"}], "id": "1"}, "sharegpt", [("system", "be kind"), *WHY],
@@ -140,7 +145,9 @@ def test_other_common_names_are_guessed_and_nothing_else():
     ("messages", {"messages": "text"}, "no list of messages"), ("messages", {"messages": []}, "without a known role"),
     ("messages", {"messages": [{"role": "tool", "content": "x"}]}, "without a known role"),
     ("tree", {"message_tree_id": "t", "prompt": {"text": "x"}}, "no tree of messages"),
-    ("miracl", MIRACL | {"positive_passages": []}, "without a positive passage"),
+    ("tree", {"prompt": reply("why?", None, role="prompter")}, "a tree without an answer"),
+    ("tree", {"prompt": reply("why?", None, reply(" ", 0), role="prompter")}, "'text' is no text"),
+    ("miracl", MIRACL | {"positive_passages": []}, "'positive_passages.text' is no text"),
     ("webgpt", WEBGPT | {"answer_0": "[1]"}, "'answer_0' is no text"),
     ("response", {"prompt": "why?", "response": 3}, "'response' is no text"),
 ])

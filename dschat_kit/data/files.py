@@ -46,8 +46,7 @@ def _local(files: list[Path]) -> Rows:
 
 
 def _read(file: Path) -> Iterator[tuple[str, object]]:
-    kind = next((s for s in reversed(file.suffixes) if s not in OPEN), "")
-    opened = OPEN.get(file.suffix, open)
+    kind, opened = next((s for s in reversed(file.suffixes) if s not in OPEN), ""), OPEN.get(file.suffix, open)
     if kind in BUILDERS and kind != ".json":
         return _by_library(file, BUILDERS[kind])
     with opened(file, "rb") as stream:
@@ -112,15 +111,15 @@ def _hub(name: str) -> Rows:
 
 def _load_hub(name: str) -> dict:
     import datasets
-    known = dict(HUB[name].hub) if name in HUB else {}
-    path, only = known.pop("path", name), known.pop("splits", "")
+    known = {"path": name} | (HUB[name].hub if name in HUB else {})
+    only = known.pop("splits", "")
     offline = datasets.config.HF_HUB_OFFLINE
     try:
         datasets.config.HF_HUB_OFFLINE = offline or not _hub_answers()  # then its cache is asked, without retries
         try:
-            found = datasets.load_dataset(path, **known)
+            found = datasets.load_dataset(**known)
         except RuntimeError:  # it would need code of a stranger, which is never run: the Hub has its rows without
-            found = datasets.load_dataset(path, revision="refs/convert/parquet", **known)
+            found = datasets.load_dataset(revision="refs/convert/parquet", **known)
         return {split: found[split] for split in (only.split(",") if only else found)}
     except Exception as error:  # as above
         raise DataError(f"data.sources: {name!r} cannot be loaded: {str(error).partition(chr(10))[0]}\n"

@@ -75,11 +75,11 @@ def load_module(name: str) -> None:
     if not name or name in sys.modules:
         return
     try:
-        if not name.endswith(".py"):
+        if name.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        else:
             importlib.import_module(name)
-            return
-        spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
     except Exception as error:  # it is the user's code
         raise DataError(f"data.module: {name!r} cannot be imported: {type(error).__name__}: {error}\n  expected: a .py "
                         "file or a module that calls register_source\n  change: --set data.module=PATH") from error
@@ -172,19 +172,14 @@ def _pairs(form: Format, names: dict[str, str], row: dict) -> list[Pair]:
         raise
     except (TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
         raise BadRow("has other values than its format", f"has other values than its format: {error!r}") from None
-    for pair in pairs:
-        _check_text([text for _, text in pair.turns] + [pair.chosen, pair.rejected])
+    said = "".join(text for pair in pairs for text in (*(text for _, text in pair.turns), pair.chosen, pair.rejected))
+    if "\x00" in said:
+        raise BadRow("holds a NUL character")
+    try:
+        said.encode()
+    except UnicodeEncodeError:
+        raise BadRow("holds half of a surrogate pair, which is no text") from None
     return pairs
-
-
-def _check_text(texts: list[str]) -> None:
-    for text in texts:
-        if "\x00" in text:
-            raise BadRow("holds a NUL character")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise BadRow("holds half of a surrogate pair, which is no text") from None
 
 
 def _record(pair: Pair, row: dict, label: str, part: str) -> PreferenceRecord:

@@ -7,6 +7,7 @@ the cache may be deleted at any time. What is damaged is told by the sizes and h
 """
 
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -89,7 +90,7 @@ def cached(cache: Path, key: str, build: Callable[[Path], None], report: Callabl
 
 
 def place(entry: Path, target: Path) -> None:
-    """Put the rows and the tokenizer of a built folder into a run's data folder; the table as a hard link."""
+    """Put the rows and the tokenizer of a built folder into a run's data folder, as hard links."""
     for name in ("rows", "tokenizer"):
         new = target / f".{name}.tmp"
         shutil.rmtree(new, ignore_errors=True)
@@ -100,22 +101,15 @@ def place(entry: Path, target: Path) -> None:
 
 def _link(source: str, target: str) -> None:
     try:
-        if not source.endswith(".arrow"):
-            raise OSError("small files are copied")
         os.link(source, target)
     except OSError:  # another file system, or one without hard links
         shutil.copy2(source, target)
 
 
 def _hash(path: Path) -> str:
-    import mmap
-
     import xxhash
     with open(path, "rb") as file:
-        if not path.stat().st_size:
-            return ""
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return xxhash.xxh3_128(content).hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def _sync(path: Path) -> None:

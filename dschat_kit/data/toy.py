@@ -15,11 +15,9 @@ from functools import cache
 
 WEIGHTS = {"correct": 0.6, "polite": 0.2, "brief": 0.2}
 PREFERENCE_SCALE = 12.0
-GOLD_SENTENCE = (
-    "Gold = 0.6 x the share of questions answered correctly + 0.2 if the answer is courteous exactly once "
-    "and never rude + 0.2 if no sentence is needless; text that is unfinished or not made of this world's "
-    "sentences gets 0."
-)
+GOLD_SENTENCE = ("Gold = 0.6 x the share of questions answered correctly + 0.2 if the answer is courteous exactly once "
+                 "and never rude + 0.2 if no sentence is needless; text that is unfinished or not made of this world's "
+                 "sentences gets 0.")
 
 # attribute -> (question, statement, {subject: (right value, common mistake)})
 ATTRIBUTES: dict[str, tuple[str, str, dict[str, tuple[str, str]]]] = {
@@ -98,24 +96,17 @@ def asked_facts(prompt: str) -> list[Fact]:
         facts = [_questions().get(part) for part in body[len(greeting) : -len(_TAIL)].split(" and ")]
         if None not in facts:
             return facts
-    raise ValueError(
-        f"got the prompt {prompt!r}; expected one of the toy world such as {make_prompt(all_facts()[:1])!r}; "
-        "change the prompt, or do not ask for its gold reward"
-    )
+    raise ValueError(f"got the prompt {prompt!r}; expected one of the toy world such as "
+                     f"{make_prompt(all_facts()[:1])!r}; change the prompt, or do not ask for its gold reward")
 
 
 def split_sentences(response: str) -> list[str] | None:
     """The response cut into sentences of this world; None when any part of it is not one."""
     text = response.strip(" ")
-    known = _statements().keys() | _style_sentences()
+    known = _statements().keys() | set(COURTEOUS_OPENINGS + RUDE_OPENINGS + FILLERS + COURTEOUS_CLOSINGS)
     sentences = [part + "." for part in text.split(". ")]
     sentences[-1] = sentences[-1][:-1]
     return sentences if all(sentence in known for sentence in sentences) else None
-
-
-@cache
-def _style_sentences() -> frozenset[str]:
-    return frozenset(COURTEOUS_OPENINGS + RUDE_OPENINGS + FILLERS + COURTEOUS_CLOSINGS)
 
 
 def gold_parts(prompt: str, response: str, finished: bool = True) -> dict[str, float]:
@@ -136,16 +127,10 @@ def gold_parts(prompt: str, response: str, finished: bool = True) -> dict[str, f
             fact, right = _statements()[sentence]
             stated.setdefault(fact, []).append(right)
     courtesies = sum(sentence in COURTEOUS_OPENINGS + COURTEOUS_CLOSINGS for sentence in sentences)
-    rude = any(sentence in RUDE_OPENINGS for sentence in sentences)
-    needed = sum(fact in stated for fact in asked)
-    style = sum(sentence in COURTEOUS_OPENINGS + COURTEOUS_CLOSINGS + RUDE_OPENINGS for sentence in sentences)
-    needless = len(sentences) - needed - style
-    return {
-        "correct": sum(fact in stated and all(stated[fact]) for fact in asked) / len(asked),
-        "polite": float(courtesies == 1 and not rude),
-        "brief": float(needless == 0),
-        "well_formed": 1.0,
-    }
+    rude = sum(sentence in RUDE_OPENINGS for sentence in sentences)
+    needless = len(sentences) - courtesies - rude - sum(fact in stated for fact in asked)
+    return {"correct": sum(fact in stated and all(stated[fact]) for fact in asked) / len(asked),
+            "polite": float(courtesies == 1 and not rude), "brief": float(needless == 0), "well_formed": 1.0}
 
 
 def gold_reward(prompt: str, response: str, finished: bool = True) -> float:
@@ -169,12 +154,9 @@ def bayes_accuracy(gold_gaps: Iterable[float]) -> float:
 
 def write_answer(facts: Iterable[Fact], rng: random.Random) -> str:
     """One answer of the writer, who never looks at gold: a leading space, sentences, no EOS text."""
-    sentences = []
-    draw = rng.random()
-    if draw < OPENING_COURTEOUS:
-        sentences.append(rng.choice(COURTEOUS_OPENINGS))
-    elif draw < OPENING_COURTEOUS + OPENING_RUDE:
-        sentences.append(rng.choice(RUDE_OPENINGS))
+    sentences, draw = [], rng.random()
+    if draw < OPENING_COURTEOUS + OPENING_RUDE:
+        sentences.append(rng.choice(COURTEOUS_OPENINGS if draw < OPENING_COURTEOUS else RUDE_OPENINGS))
     if rng.random() < FILLER:
         sentences.append(rng.choice(FILLERS))
     for fact in facts:
