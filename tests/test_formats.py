@@ -131,9 +131,8 @@ def test_a_format_is_known_by_its_columns(row, form):
 
 
 def test_other_common_names_are_guessed_and_nothing_else():
-    assert guess(["question", "answer"]) == ("response", {"prompt": "question", "response": "answer"})
-    assert guess(["question", "preferred", "worse"])[1] == {"prompt": "question", "chosen": "preferred",
-                                                           "rejected": "worse"}
+    assert guess(["question", "answer"]) == ("response", ["question", "answer"])
+    assert guess(["question", "preferred", "worse"]) == ("preference", ["question", "preferred", "worse"])
     assert guess(["a", "b"]) is None
 
 

@@ -213,14 +213,13 @@ SYNONYMS = {"prompt": ("question", "query", "instruction", "input"), "chosen": (
             "rejected": ("dispreferred", "worse"), "response": ("answer", "completion", "output", "target")}
 
 
-def guess(columns: Iterable[str]) -> tuple[str, dict[str, str]] | None:
-    """(the first format whose columns are all there, {its column: that of the file}); other common names are tried
-    when no format fits the names as they are."""
+def guess(columns: Iterable[str]) -> tuple[str, list[str]] | None:
+    """(the first format whose columns are all there, the file's names for them); other common names are tried when no
+    format fits the names as they are."""
     present = set(columns)
-    other = {name: next((s for s in SYNONYMS.get(name, ()) if s in present), name) for name in SYNONYMS}
-    for names in ({}, other):
-        for form, needs in ((form, FORMATS[form].needs) for form in FORMATS):
-            found = {name: name if name in present else names.get(name, name) for name in needs}
-            if present.issuperset(found.values()):
-                return form, found
+    for synonyms in ({}, SYNONYMS):
+        for name, form in FORMATS.items():
+            found = [next((s for s in (need, *synonyms.get(need, ())) if s in present), "") for need in form.needs]
+            if all(found):
+                return name, found
     return None

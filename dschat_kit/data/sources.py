@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dschat_kit.config import Data
 from dschat_kit.data import toy
-from dschat_kit.data.files import DataError, Rows, raw_rows
+from dschat_kit.data.files import LONGEST, DataError, Rows, raw_rows
 from dschat_kit.data.formats import FORMATS, HUB, BadRow, Format, Pair, guess
 from dschat_kit.data.prompts import Turn, dialogue_text
 
@@ -107,8 +107,7 @@ def read_source(name: str, label: str, data: Data, seed: int, report=lambda line
     Rows that cannot be used are counted by reason in `skipped` where data.bad_rows says skip; otherwise they raise
     DataError at the end, the first one by file and line. So does a file that cannot be read to its end.
     """
-    form, names, taken, bad = None, {}, 0, Counter()
-    first: dict[str, str] = {}
+    form, names, taken, bad, first = None, {}, 0, Counter(), {}
     for place, part, row in SOURCES[name](data, seed) if name in SOURCES else raw_rows(name):
         if data.rows and taken >= data.rows:
             break
@@ -139,19 +138,18 @@ def read_source(name: str, label: str, data: Data, seed: int, report=lambda line
 
 def _format(name: str, label: str, row: dict, data: Data, place: str, report) -> tuple[Format, dict[str, str]]:
     """The format of a source and {its column: the row's}: known by name, named in data.columns, or guessed."""
-    named = [] if name in SOURCES else data.column_names()
-    if name in HUB and not named:
-        form, names, how = HUB[name], {column: column for column in HUB[name].needs}, "known by name"
-    elif named:
-        form = FORMATS[NAMED[len(named)]]
-        names, how = dict(zip(form.needs, named, strict=True)), "as data.columns says"
+    named = () if name in SOURCES else data.column_names()
+    if named:
+        form, columns, how = FORMATS[NAMED[len(named)]], named, "as data.columns says"
+    elif name in HUB:
+        form, columns, how = HUB[name], HUB[name].needs, "known by name"
+    elif found := guess(row):
+        form, columns, how = FORMATS[found[0]], found[1], f"guessed: {found[0]}"
     else:
-        found = guess(row)
-        if found is None:
-            near = "\n            ".join(", ".join(form.needs) for form in FORMATS.values())
-            raise DataError(f"{place}: no format fits its columns {', '.join(map(repr, row)) or '(none)'}\n"
-                            f"  expected: {near}\n  change:   --set data.columns=PROMPT,CHOSEN,REJECTED")
-        form, names, how = FORMATS[found[0]], found[1], f"guessed: {found[0]}"
+        near = "\n            ".join(", ".join(form.needs) for form in FORMATS.values())
+        raise DataError(f"{place}: no format fits its columns {', '.join(map(repr, row)) or '(none)'}\n"
+                        f"  expected: {near}\n  change:   --set data.columns=PROMPT,CHOSEN,REJECTED")
+    names = dict(zip(form.needs, columns, strict=True))
     if name not in SOURCES:
         shown = ", ".join(ours if ours == theirs else f"{ours}={theirs}" for ours, theirs in names.items())
         report(f"data  {label}: columns {shown} ({how})")
@@ -173,6 +171,8 @@ def _pairs(form: Format, names: dict[str, str], row: dict) -> list[Pair]:
     except (TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
         raise BadRow("has other values than its format", f"has other values than its format: {error!r}") from None
     said = "".join(text for pair in pairs for text in (*(text for _, text in pair.turns), pair.chosen, pair.rejected))
+    if len(said) > LONGEST:
+        raise BadRow(f"is longer than {LONGEST >> 20} MiB")
     if "\x00" in said:
         raise BadRow("holds a NUL character")
     try:

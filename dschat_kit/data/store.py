@@ -3,7 +3,7 @@
     FOLDER/rows/table.arrow  {sft,reward,ppo,eval}.npy  account.json  manifest.json      FOLDER/tokenizer/
 
 A cache entry is built under a lock in a temporary folder and renamed; a run folder gets its files as hard links, so
-the cache may be deleted at any time. What is damaged is told by the sizes and hashes of the manifest.
+the cache may be deleted at any time. What is damaged is told by the hashes of the manifest.
 """
 
 import fcntl
@@ -48,8 +48,7 @@ def intact(folder: Path) -> bool:
     """Whether every file of a built folder is there and has the bytes that were written."""
     try:
         manifest = read_json(folder / "rows" / "manifest.json")
-        return all((folder / name).stat().st_size == size and _hash(folder / name) == digest
-                   for name, (size, digest) in manifest.items())
+        return all(_hash(folder / name) == written for name, written in manifest.items())
     except (RunError, OSError, ValueError, AttributeError):
         return False
 
@@ -78,8 +77,7 @@ def cached(cache: Path, key: str, build: Callable[[Path], None], report: Callabl
             (work / "rows").mkdir(parents=True)
             build(work)
             files = sorted(path for path in work.rglob("*") if path.is_file())
-            write_json(work / "rows" / "manifest.json",
-                       {str(path.relative_to(work)): [path.stat().st_size, _hash(path)] for path in files})
+            write_json(work / "rows" / "manifest.json", {str(path.relative_to(work)): _hash(path) for path in files})
             for path in (*files, work / "rows", work):
                 _sync(path)
             os.rename(work, entry)
