@@ -104,6 +104,13 @@ def test_a_damaged_file_is_an_error_even_when_bad_rows_are_skipped(tmp_path, kin
     assert name in str(caught.value) and "change:" in str(caught.value)
 
 
+def test_an_empty_file_among_others_is_an_error(tmp_path):
+    write(tmp_path / "a.jsonl", LINES)
+    write(tmp_path / "b.jsonl", b"")
+    with pytest.raises(DataError, match="b.jsonl has no rows"):
+        read(tmp_path, bad_rows="skip")
+
+
 def test_a_line_that_is_too_long_is_a_bad_row_and_the_next_one_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "LONGEST", 2**20)
     name = write(tmp_path / "rows.jsonl", b'{"prompt": "' + b"x" * 100_000_000 + b'"}\n' + LINES)

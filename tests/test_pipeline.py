@@ -106,6 +106,9 @@ def test_weights_bind_the_training_rows(tmp_path):
     _, result, _ = build(tmp_path / "run", f"{first}:3,{second}:1", stage_split="1,1,1")
     for part in ("sft", "reward", "ppo"):
         assert result["realised_weights"][part]["my rows.jsonl"] == pytest.approx(0.75, abs=0.01)
+    used = sum(sum(by.values()) for by in result["rows"].values())
+    assert result["left_out"].keys() == {"beyond the weights of the blend", "held out, not evaluated on"}
+    assert used + sum(result["left_out"].values()) == 800
 
 
 def test_files_of_the_same_name_are_told_apart(tmp_path):

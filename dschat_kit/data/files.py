@@ -37,12 +37,18 @@ def raw_rows(name: str) -> Rows:
 def _local(files: list[Path]) -> Rows:
     parts = {file: "eval" if held_out(file) and len(files) > 1 else "" for file in files}
     for file in sorted(files, key=lambda f: not parts[f]):  # training rows last: data.rows bounds them
+        empty = True  # one of several may be so because it was never written to its end
         try:
-            yield from ((place, parts[file], row) for place, row in _read(file))
+            for place, row in _read(file):
+                empty = False
+                yield place, parts[file], row
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             said = f"{getattr(error, 'strerror', None) or error}" or "the file ends too early"
             raise DataError(f"data.sources: {file} cannot be read: {said}\n"
                             "  change: the file or its permissions, or --set data.sources=PATH") from error
+        if empty:
+            raise DataError(f"data.sources: {file} has no rows\n  expected: at least one\n"
+                            "  change:   the file, or --set data.sources=PATH")
 
 
 def _read(file: Path) -> Iterator[tuple[str, object]]:
@@ -92,7 +98,7 @@ def _by_library(file: Path, builder: str) -> Iterator[tuple[str, object]]:
         cause = error.__cause__ or error
         raise DataError(f"data.sources: {file} cannot be read as {builder}: {type(cause).__name__}: "
                         f"{str(cause).partition(chr(10))[0][:300]}\n"
-                        "  expected: a whole file in UTF-8\n  change: the file, or --set data.sources=PATH") from error
+                        "  expected: a whole file, text in UTF-8\n  change: it, or --set data.sources=PATH") from error
 
 
 def _saved(folder: Path) -> Rows:
@@ -122,8 +128,9 @@ def _load_hub(name: str) -> dict:
             found = datasets.load_dataset(revision="refs/convert/parquet", **known)
         return {split: found[split] for split in (only.split(",") if only else found)}
     except Exception as error:  # as above
-        raise DataError(f"data.sources: {name!r} cannot be loaded: {str(error).partition(chr(10))[0]}\n"
-                        "  expected: toy, a local file or folder, or a data set of a reachable Hub\n"
+        said = "the Hub does not answer" if isinstance(error, ConnectionError) else str(error).partition(chr(10))[0]
+        raise DataError(f"data.sources: {name!r} cannot be loaded: {said}\n"
+                        "  expected: toy, a local file, a folder (./NAME), or a data set of a reachable Hub\n"
                         "  change: --set data.sources=PATH") from error
     finally:
         datasets.config.HF_HUB_OFFLINE = offline

@@ -24,7 +24,7 @@ from dschat_kit.config import ConfigError, Data, Pipeline
 from dschat_kit.data import sources
 from dschat_kit.data.files import hub_fingerprint
 from dschat_kit.data.prompts import PromptStyle
-from dschat_kit.data.selection import SIDES, Numbers, account_of, blend_rows, filter_rows, place_rows
+from dschat_kit.data.selection import ALL, SIDES, Numbers, account_of, blend_rows, filter_rows, place_rows
 from dschat_kit.data.sources import DataError, labels_of, load_module, read_source
 from dschat_kit.data.splits import key_words
 from dschat_kit.data.store import cached, intact, place, table_writer
@@ -117,16 +117,18 @@ def write_rows(folder: Path, pipeline: Pipeline, tokenizer, style: PromptStyle, 
         report(f"data  [{'#' * (20 * done // len(part)):20}] {done} of {len(part)} rows tokenised")
     numbers |= write_tokens(records, folder / "rows" / "table.arrow", tokenizer, data, progress)
     records.unlink()
-    filtered = filter_rows(numbers, part, data, labels)
-    if filtered:
+    reasons = filter_rows(numbers, part, data, labels)
+    if reasons:
         orders = blend_rows(numbers, part, labels, weights, data, pipeline.seed)
+    held_out = dict(zip(labels, left_out.pop("held out").tolist(), strict=True))
+    reasons += {reason: int(counts.sum()) for reason, counts in left_out.items()}
     for name, order in orders.items():
         np.save(folder / "rows" / f"{name}.npy", order)
         report(f"data  {name:<6} {len(order):>7} rows")
+        unused = "held out, not evaluated on" if name == "eval" else "beyond the weights of the blend"
+        reasons[unused] += int((part == ALL.index(name)).sum()) - len(order)
     step(3)
-    held_out = dict(zip(labels, left_out.pop("held out").tolist(), strict=True))
-    filtered |= {reason: int(counts.sum()) for reason, counts in left_out.items() if counts.any()}
-    account |= account_of(numbers, orders, labels) | {"vocabulary": len(tokenizer), "left_out": filtered,
+    account |= account_of(numbers, orders, labels) | {"vocabulary": len(tokenizer), "left_out": +reasons,
                                                      "dropped_because_held_out": held_out,
                                                      "markers_defused": style.defused}
     report("data  longer than the limits, cut: "

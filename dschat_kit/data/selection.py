@@ -2,13 +2,15 @@
 rows (pipeline.Numbers), never on their text, so a million rows cost seconds.
 """
 
+from collections import Counter
+
 import numpy as np
 
 from dschat_kit.config import Data
 from dschat_kit.data.sources import DataError
 from dschat_kit.data.splits import PARTS, blend, epoch_order, parts_of, resolve_weights
 
-__all__ = ["SIDES", "Numbers", "account_of", "blend_rows", "filter_rows", "place_rows"]
+__all__ = ["ALL", "SIDES", "Numbers", "account_of", "blend_rows", "filter_rows", "place_rows"]
 
 Numbers = dict[str, np.ndarray]
 """(N,) each: source, held and stage (words of the key), paired, text, eval, margin, content; with the tokens also
@@ -43,7 +45,7 @@ def place_rows(numbers: Numbers, data: Data, sources: int) -> tuple[np.ndarray, 
     return part, {reason: np.bincount(source[which], minlength=sources) for reason, which in reasons.items()}
 
 
-def filter_rows(numbers: Numbers, part: np.ndarray, data: Data, labels: list[str]) -> dict[str, int]:
+def filter_rows(numbers: Numbers, part: np.ndarray, data: Data, labels: list[str]) -> Counter[str]:
     """Set `part` of the rows that data.drop_*, min_* and balance_length leave out to LEFT_OUT; rows by reason."""
     paired = numbers["paired"].astype(bool)
     unknown = numbers["source"][paired & np.isnan(numbers["margin"])]
@@ -58,13 +60,13 @@ def filter_rows(numbers: Numbers, part: np.ndarray, data: Data, labels: list[str
                "longer than the limits": (sum(numbers[f"cut_{s}"] for s in SIDES) > 0) & data.drop_longer,
                "shorter than min_response_tokens": shortest < data.min_response_tokens,
                "margin below min_margin": paired & (numbers["margin"] < data.min_margin) & (data.min_margin > 0)}
-    counts = {}
+    counts = Counter()
     for reason, which in reasons.items():
         counts[reason] = int((which & (part != LEFT_OUT)).sum())
         part[which] = LEFT_OUT
     if data.balance_length:
         counts["balance by length"] = _balance(numbers, part, len(labels))
-    return {reason: count for reason, count in counts.items() if count}
+    return +counts
 
 
 def _balance(numbers: Numbers, part: np.ndarray, sources: int) -> int:
@@ -80,7 +82,7 @@ def _balance(numbers: Numbers, part: np.ndarray, sources: int) -> int:
 
 def blend_rows(numbers: Numbers, part: np.ndarray, labels: list[str], given: list, data: Data,
                seed: int) -> dict[str, np.ndarray]:
-    """The rows of each part in their order. Held-out rows are those that there are; weights bind the training."""
+    """The rows of each part in their order, at most data.eval_rows of the held-out ones."""
     orders, has_pairs = {}, np.bincount(numbers["source"], numbers["paired"], minlength=len(labels)) > 0
     is_text = np.bincount(numbers["source"], numbers["text"], minlength=len(labels)) > 0
     for index, name in enumerate(ALL):
