@@ -24,12 +24,9 @@ __all__ = ["PromptBatch", "SequenceBatch", "StepSampler", "TokenRows", "by_lengt
 @dataclass(frozen=True, kw_only=True)
 class SequenceBatch:
     """Prompt + response, padded on the right."""
-    sequences: Tensor
-    """(B, T) int64"""
-    attention_mask: Tensor
-    """(B, T) bool: a real token"""
-    response_mask: Tensor
-    """(B, T) bool: a real token of the response, its EOS included"""
+    sequences: Tensor  # (B, T) int64
+    attention_mask: Tensor  # (B, T) bool: a real token
+    response_mask: Tensor  # (B, T) bool: a real token of the response, its EOS included
     position_ids: Tensor | None = None
     """(B, T) int64 for packed rows: begins again at 0 with every row, which is how attention knows where one ends"""
 
@@ -42,12 +39,9 @@ class SequenceBatch:
 @dataclass(frozen=True, kw_only=True)
 class PromptBatch:
     """Prompts, padded on the left, with what is needed to follow and to seed each row."""
-    prompt_ids: Tensor
-    """(B, P) int64"""
-    attention_mask: Tensor
-    """(B, P) bool: a real token"""
-    row_ids: list[int]
-    """Row of the prompt table, one a prompt"""
+    prompt_ids: Tensor  # (B, P) int64
+    attention_mask: Tensor  # (B, P) bool: a real token
+    row_ids: list[int]  # row of the prompt table, one a prompt
     sample_ids: list[str]
     prompts: list[str]
 

@@ -25,13 +25,10 @@ class BadRow(ValueError):
 
 class Pair(NamedTuple):
     """A dialogue and what came next."""
-    turns: list[Turn]
-    """Empty for plain text."""
+    turns: list[Turn]  # empty for plain text
     chosen: str
-    rejected: str = ""
-    """Empty where a row has one response only."""
-    margin: float | None = None
-    """By how much the chosen one is better, in the units of the source."""
+    rejected: str = ""  # empty where a row has one response only
+    margin: float | None = None  # by how much the chosen one is better, in the units of the source
 
 
 @dataclass(frozen=True)
