@@ -8,7 +8,6 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +106,7 @@ def read_source(name: str, label: str, data: Data, seed: int, report=lambda line
     Rows that cannot be used are counted by reason in `skipped` where data.bad_rows says skip; otherwise they raise
     DataError at the end, the first one by file and line. So does a file that cannot be read to its end.
     """
-    form, names, taken, bad, first = None, {}, 0, Counter(), {}
+    form, names, taken, bad = None, {}, 0, {}
     for place, part, row in SOURCES[name](data, seed) if name in SOURCES else raw_rows(name):
         if data.rows and taken >= data.rows:
             break
@@ -122,17 +121,17 @@ def read_source(name: str, label: str, data: Data, seed: int, report=lambda line
                 yield _record(pair, row, label, part)
             taken += not part
         except BadRow as error:
-            bad[error.reason] += 1
-            first.setdefault(error.reason, f"{place}: {error}")
+            count, first = bad.get(error.reason, (0, f"{place}: {error}"))
+            bad[error.reason] = count + 1, first
     if bad and data.bad_rows == "stop":
-        every = "".join(f"\n  {count} rows: {reason}" for reason, count in bad.items()) if bad.total() > 1 else ""
-        raise DataError(f"{next(iter(first.values()))}{every}\n"
+        every = "".join(f"\n  {count} rows: {reason}" for reason, (count, _) in bad.items())
+        raise DataError(f"{next(iter(bad.values()))[1]}{every}\n"
                         "  change: mend or remove them, or --set data.bad_rows=skip")
     if skipped is not None:
-        skipped |= {reason: (count, first[reason]) for reason, count in bad.items()}
+        skipped |= bad
     if not taken:
         raise DataError(f"data.sources: {name} has no rows to train on\n  expected: at least one that can be used"
-                        + "".join(f"\n  skipped: {text}" for text in first.values()) + "\n"
+                        + "".join(f"\n  skipped: {first}" for _, first in bad.values()) + "\n"
                         "  change:   --set data.sources=PATH")
 
 
