@@ -148,9 +148,11 @@ def test_other_common_names_are_guessed_and_nothing_else():
     ("tree", {"prompt": reply("why?", None, reply(" ", 0), role="prompter")}, "'text' is no text"),
     ("miracl", MIRACL | {"positive_passages": []}, "'positive_passages.text' is no text"),
     ("webgpt", WEBGPT | {"answer_0": "[1]"}, "'answer_0' is no text"),
+    ("yitingxie/rlhf-reward-datasets", {"prompt": "a", "chosen": "b", "rejected": "Assistant: "}, "'rejected' is no"),
+    ("pvduy/sharegpt_alpaca_oa_vicuna_format", {"prompt": "a", "label": "</s>"}, "'label' is no text"),
     ("response", {"prompt": "why?", "response": 3}, "'response' is no text"),
 ])
 def test_a_row_that_does_not_fit_says_why(form, row, reason):
     with pytest.raises(BadRow) as caught:
-        list(FORMATS[form].pairs(row))
+        list((FORMATS | HUB)[form].pairs(row))
     assert reason in caught.value.reason

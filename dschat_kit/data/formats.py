@@ -131,15 +131,16 @@ def _shp(row: dict) -> Iterable[Pair]:
 
 
 def _yitingxie(row: dict) -> Iterable[Pair]:
-    chosen, rejected = (_text(row, side).strip().removeprefix("Assistant:") for side in ("chosen", "rejected"))
-    return [Pair(_asked(row), chosen, rejected)]
+    clean = {side: _text(row, side).strip().removeprefix("Assistant:") for side in ("chosen", "rejected")}
+    return [Pair(_asked(row), *(_text(clean, side) for side in clean))]
 
 
 def _vicuna(row: dict) -> Iterable[Pair]:
     """USER: and ASSISTANT:, whose answers end with </s>."""
     text = re.sub(r"\s+ASSISTANT:", ASSISTANT, re.sub(r"(^|</s>|\s)\s*USER:", HUMAN, _text(row, "prompt")))
     turns = split_dialogue(text.replace("</s>", ""))
-    return [Pair(turns if HUMAN in text else [("user", text)], _text(row, "label").removesuffix("</s>"))]
+    answer = _text({"label": _text(row, "label").removesuffix("</s>")}, "label")
+    return [Pair(turns if HUMAN in text else [("user", text)], answer)]
 
 
 def _instruction(row: dict) -> Iterable[Pair]:
