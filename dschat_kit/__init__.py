@@ -28,7 +28,7 @@ READING_ORDER = (
     "train.prompts", "train.ppo_metrics", "train.ppo", "train.exact", "train.bench", "train.bench_ppo",
     "chat", "bench",
     "notebook.processes", "notebook.lines", "notebook.report", "notebook.launch", "notebook.stage", "notebook.progress",
-    "notebook.show", "notebook.tables", "notebook.plots", "notebook.monitor", "notebook.execute",
+    "notebook.tables", "notebook.plots", "notebook.monitor", "notebook.execute",
     "notebook.diagnosis", "notebook.doctor",
     "verify", "cli",
 )

@@ -173,11 +173,11 @@ def _verify(args) -> int:
 
 
 def _doctor(args) -> int:
-    from dschat_kit.notebook import doctor
-    checks = doctor.run_checks(args.path) if args.path else doctor.machine_checks()
+    from dschat_kit.notebook import diagnosis, doctor
+    checks = diagnosis.run_checks(args.path) if args.path else doctor.machine_checks()
     failed = any(check.state == "fail" for check in checks)
     found = {"checks": [vars(check) for check in checks], "ok": not failed}
-    print(json.dumps(found) if args.json else doctor.render(checks))
+    print(json.dumps(found) if args.json else diagnosis.render(checks))
     return int(failed)
 
 

@@ -11,8 +11,6 @@ from pathlib import Path
 
 from dschat_kit.config import ConfigError, Pipeline
 
-__all__ = ["Machine", "PeakMemory", "checkout", "detect", "resolve"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
@@ -122,26 +120,26 @@ def _torch_build() -> str:
         return ""
 
 
-def _nvidia_smi(*query: str) -> list[str]:
+def nvidia_smi(field: str) -> list[str]:
+    """A field of every NVIDIA GPU that the driver shows, whatever torch can do with them; [] without a driver."""
+    query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     try:
-        done = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return [line for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
 
 
 def _gpu_count() -> int:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    present = len(_nvidia_smi("--query-gpu=index", "--format=csv,noheader"))
+    present, visible = len(nvidia_smi("index")), os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return present
-    chosen = [part for part in visible.split(",") if part.strip() and part.strip() != "-1"]
-    return min(present, len(chosen))
+    return min(present, sum(part.strip() not in ("", "-1") for part in visible.split(",")))
 
 
 def _gpu_bf16() -> bool:
-    capabilities = _nvidia_smi("--query-gpu=compute_cap", "--format=csv,noheader")
-    return bool(capabilities) and min(float(c) for c in capabilities) >= 8.0
+    capabilities = nvidia_smi("compute_cap")
+    return bool(capabilities) and min(map(float, capabilities)) >= 8.0
 
 
 def _cpu_bf16() -> bool:

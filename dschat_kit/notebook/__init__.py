@@ -8,6 +8,6 @@ Nothing here imports torch, deepspeed or transformers: a notebook kernel must ne
   monitor.py    live view of a stage in JupyterLab and in a terminal
   progress.py   how far a stage or a chain is, as data and as a line of text
   plots.py      one matplotlib function a figure
-  show.py       figures and samples as a notebook displays them
+  tables.py     figures, facts, answers and records as a notebook displays them
   execute.py    papermill over the chain of notebooks
 """

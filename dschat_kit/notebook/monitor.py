@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dschat_kit.notebook import plots
 from dschat_kit.notebook.progress import ENDED, Follow, Line, Snapshot, bar
+from dschat_kit.notebook.tables import bundle
 from dschat_kit.runs import RunError
 
 STYLES = {"finished": "success", "failed": "danger", "interrupted": "warning"}
@@ -77,7 +78,7 @@ class Watch:
             return
         self._drawn = state
         if look.stage in FIGURES and state[1]:
-            data, metadata = plots.bundle(FIGURES[look.stage](self.follow.run))
+            data, metadata = bundle(FIGURES[look.stage](self.follow.run))
             self.handle.update(data, metadata=metadata, raw=True)
         else:
             self.handle.update(self._words(look), raw=True)

@@ -51,20 +51,15 @@ class Ending:
             time.sleep(0.1)
 
 
-def compile_locks() -> list[Path]:
-    """The locks of torch's extension compiler that are there now."""
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or \
-        Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "torch_extensions"
-    return sorted(lock for pattern in ("*/lock", "*/*/lock") for lock in Path(root).glob(pattern))
-
-
 def remove_stale_compile_locks(since: float = math.inf, quiet: float = 60.0) -> list[Path]:
     """Remove, and return, the locks of torch's extension compiler behind which every later run would wait for ever.
 
     No process of this machine works in their folder, and for `quiet` seconds none of another machine has written there,
     or they were made after `since`, the start of a job that has ended.
     """
-    locks = compile_locks()
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or
+                Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "torch_extensions")
+    locks = [*root.glob("*/lock"), *root.glob("*/*/lock")]
     busy = {process.info["cwd"] for process in psutil.process_iter(["cwd"])} if locks else set()
     stale = [lock for lock in locks if str(lock.parent.resolve()) not in busy and (
         lock.stat().st_mtime >= since or time.time() - quiet > max(p.stat().st_mtime for p in lock.parent.iterdir()))]
