@@ -133,8 +133,8 @@ def _chat(args) -> int:
 
 
 def _watch(args) -> int:
-    from dschat_kit.notebook.monitor import watch_text
-    return watch_text(args.path) or 0
+    from dschat_kit.notebook.progress import watch_text
+    return watch_text(args.path)
 
 
 def _fetch(args) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import subprocess
+import sys
 import threading
 from dataclasses import dataclass
 from importlib import metadata
@@ -72,6 +73,12 @@ def checkout() -> Path:
     """The repository that this package runs from; of a package installed without one, the current folder."""
     place = Path(__file__).resolve().parents[1]
     return place if (place / "notebooks").is_dir() else Path.cwd()
+
+
+def own_path() -> str:
+    """PATH with the programs of this Python's environment first, so that `dschat` and `deepspeed` are ours."""
+    own = Path(sys.executable).parent  # not resolved: a venv's python is a link out of the venv
+    return f"{own}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
 def resolve(pipeline: Pipeline) -> Pipeline:

@@ -4,6 +4,7 @@ A mark survives what a process group or a session does not: a child that calls s
 """
 import math
 import os
+import select
 import signal
 import time
 from contextlib import contextmanager, suppress
@@ -94,6 +95,10 @@ def guard(mark: str, afterwards=lambda: None):
         os.waitpid(child, 0)
         try:
             yield
+            os.write(write_end, b".")  # the job has ended, and the guard has to be gone before we are
+            gone = select.poll()
+            gone.register(write_end, 0)
+            gone.poll(2000)
         finally:
             os.close(write_end)
         return
@@ -107,8 +112,7 @@ def guard(mark: str, afterwards=lambda: None):
         for standard in (0, 1, 2):  # a notebook waits until nobody holds its pipes
             os.dup2(null, standard)
         os.close(write_end)
-        os.read(read_end, 1)  # returns when the launcher has ended, in whatever way
-        if tagged(mark):
+        if not os.read(read_end, 1) and tagged(mark):  # it returns without a byte when the launcher was killed
             Ending(mark, seconds=5.0).run()
             afterwards()
     finally:

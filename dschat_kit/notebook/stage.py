@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dschat_kit.config import STAGES, ConfigError, Pipeline
 from dschat_kit.feasible import refuse
-from dschat_kit.machine import checkout, detect, resolve
+from dschat_kit.machine import checkout, detect, own_path, resolve
 from dschat_kit.presets import get_preset
 from dschat_kit.runs import RunError, StageRun, open_run, prepare_stage, stage_hash
 
@@ -106,8 +106,7 @@ def begin_cell(stage: str, *, preset: str, run_root: str, set_: str | None, laun
     else:
         begun = begin(stage, preset, root, pipeline, resume=resume, fresh=fresh, num_gpus=num_gpus)
     _short_cell_errors()
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    os.environ |= {"PATH": path, "RUN": str(begun.run.path), "NUM_GPUS": str(begun.ranks),
+    os.environ |= {"PATH": own_path(), "RUN": str(begun.run.path), "NUM_GPUS": str(begun.ranks),
                    "TRAIN": "no" if begun.action == "reuse" else "yes",
                    "RESUME": "--resume" if begun.action == "resume" else ""}
     print({"reuse": f"{stage}: finished before, shown as it is:", "train": f"{stage}: will be made in",
