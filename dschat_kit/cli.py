@@ -10,8 +10,6 @@ from dschat_kit.machine import checkout
 from dschat_kit.presets import PRESETS, get_preset
 from dschat_kit.runs import RunError
 
-__all__ = ["main"]
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 1 for a failure, 2 for what the user can mend."""

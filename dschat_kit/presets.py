@@ -15,8 +15,6 @@ from dschat_kit.config import (
     Zero,
 )
 
-__all__ = ["PRESETS", "get_preset"]
-
 
 def _opt(actor: str, *, ranks: int, stage: int, lora: int, micro: int) -> Pipeline:
     """An OPT actor with the reward model and critic of 350M that DeepSpeed-Chat pairs with it."""

@@ -8,8 +8,6 @@ import operator
 import types
 import typing
 
-__all__ = ["ConfigError", "Section", "bounded", "build", "error", "finite", "parse", "unknown"]
-
 
 class ConfigError(ValueError):
     """A setting that cannot work. The message is meant for the user and is shown without a traceback."""

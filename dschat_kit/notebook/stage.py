@@ -14,8 +14,6 @@ from dschat_kit.machine import checkout, detect, own_path, resolve
 from dschat_kit.presets import get_preset
 from dschat_kit.runs import RunError, StageRun, open_run, prepare_stage, stage_hash
 
-__all__ = ["Begun", "begin", "begin_cell", "cell_configuration", "check", "configuration"]
-
 
 @dataclass(frozen=True)
 class Begun:
