@@ -9,6 +9,7 @@ from dschat_kit.config import ConfigError
 from dschat_kit.machine import checkout
 from dschat_kit.presets import PRESETS, get_preset
 from dschat_kit.runs import RunError
+from dschat_kit.sections import flat
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,10 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     add_arguments(kinds.add_parser("ppo", help="a whole PPO iteration: ours and the same loop on plain transformers"))
     verify = command("verify", _verify, "PPO against the exact optimum of a world that can be enumerated")
     verify.add_argument("--world", choices=("bandit", "bigram"), default="bigram")
-    for name, kind, text in (("vocab", int, "tokens (default: 4, bandit 10)"), ("length", int, "tokens of an answer"),
-                             ("seed", int, "of the world and of PPO"), ("steps", int, "PPO iterations (default 100)"),
-                             ("prompts", int, "how many (default 1)"), ("ranks", int, "processes (default 1)")):
-        verify.add_argument(f"--{name}", type=kind, metavar="N", help=text)
+    for name, default, text in (("vocab", None, "tokens (default: 4, bandit 10)"), ("length", None, "of an answer"),
+                                ("seed", 0, "of the world and of PPO"), ("steps", 100, "PPO iterations (default 100)"),
+                                ("prompts", 1, "how many (default 1)"), ("ranks", 1, "processes (default 1)")):
+        verify.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
     verify.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=0, help="ZeRO stage")
     verify.add_argument("--beta", type=float, nargs="+", default=[0.5], help="KL coefficients, one run each")
     verify.add_argument("--eos", action="store_true", help="the last token ends an answer")
@@ -99,18 +100,11 @@ def _run(args) -> int:
     from dschat_kit.notebook.stage import check, configuration
     preset, root, pipeline = configuration(args.preset, args.run_root, args.overrides)
     check(pipeline, ("sft", "reward", "ppo"), args.num_gpus)
-    return run_chain(preset=preset, run_root=root, overrides=_flat(pipeline, preset), from_stage=args.from_stage,
+    base = flat(get_preset(preset).to_dict())  # the notebooks get what differs from the preset
+    overrides = [f"{path}={value if isinstance(value, str) else json.dumps(value)}"
+                 for path, value in flat(pipeline.to_dict()).items() if value != base[path]]
+    return run_chain(preset=preset, run_root=root, overrides=overrides, from_stage=args.from_stage,
                      num_gpus=args.num_gpus or 0, resume=args.resume, fresh=args.fresh)
-
-
-def _flat(pipeline, preset: str) -> list[str]:
-    """The overrides that make `pipeline` out of the preset."""
-    base, rows = get_preset(preset).to_dict(), []
-    for section, fields in pipeline.to_dict().items():
-        inner = isinstance(fields, dict)
-        rows += [(f"{section}.{name}", value, base[section][name]) for name, value in fields.items()] if inner else [
-            (section, fields, base[section])]
-    return [f"{path}={new if isinstance(new, str) else json.dumps(new)}" for path, new, old in rows if new != old]
 
 
 def _stage(args) -> int:
@@ -159,15 +153,13 @@ def _verify(args) -> int:
         failed = verify.table(args.table)
         print("\n".join(failed) or f"all checks passed; see {args.table / 'verify.md'}")
         return int(bool(failed))
-    given = {name: getattr(args, name) for name in ("vocab", "length", "seed", "steps", "prompts")}
-    cases = verify.plan(args.world, betas=tuple(args.beta), eos=args.eos,
-                        **{name: value for name, value in given.items() if value is not None})
-    rows = verify.launch_cases(cases, 1 if args.ranks is None else args.ranks, args.zero, args.export)
-    failed = {row["beta"]: verify.failures(row) for row in rows}
+    cases = verify.plan(args.world, args.vocab, args.length, tuple(args.beta), args.seed, args.eos, args.prompts,
+                        args.steps)
+    rows = verify.launch_cases(cases, args.ranks, args.zero, args.export)
+    failed = [text for row in rows for text in verify.failures(row)]
     found = rows[0] if len(rows) == 1 else {"cases": rows}
-    print(json.dumps({**found, "failed": [text for texts in failed.values() for text in texts]}) if args.json else
-          "\n".join(verify.line(row) for row in rows))
-    return int(any(failed.values()))
+    print(json.dumps({**found, "failed": failed}) if args.json else "\n".join(verify.line(row) for row in rows))
+    return int(bool(failed))
 
 
 def _doctor(args) -> int:

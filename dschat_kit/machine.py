@@ -20,7 +20,6 @@ class Machine:
     devices: int
     """Accelerators (on a CPU: cores that this process may use)."""
     cores: int
-    memory_gb: float
     bf16: bool
     """Whether the hardware multiplies bf16; emulated bf16 is several times slower than fp32."""
     torch_build: str
@@ -41,7 +40,7 @@ def detect() -> Machine:
     """Look at the machine. `DS_ACCELERATOR=cpu` (DeepSpeed's own switch) keeps GPUs out of it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" or _torch_build().endswith("+cpu") else _gpu_count()
-    return Machine(accelerator="cuda" if gpus else "cpu", devices=gpus or cores, cores=cores, memory_gb=_memory_gb(),
+    return Machine(accelerator="cuda" if gpus else "cpu", devices=gpus or cores, cores=cores,
                    bf16=_gpu_bf16() if gpus else _cpu_bf16(), torch_build=_torch_build())
 
 
@@ -150,15 +149,5 @@ def _gpu_bf16() -> bool:
 
 
 def _cpu_bf16() -> bool:
-    try:
-        flags = Path("/proc/cpuinfo").read_text(errors="replace")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def _memory_gb() -> float:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    except (ValueError, OSError):
-        return 0.0
+    info = Path("/proc/cpuinfo")
+    return info.exists() and any(flag in info.read_text(errors="replace") for flag in ("avx512_bf16", "amx_bf16"))

@@ -1,19 +1,7 @@
 """Named pipelines. A preset is data: `--set section.field=value` changes any of it."""
 
-from dschat_kit.config import (
-    Checkpoint,
-    ConfigError,
-    Data,
-    Lora,
-    Model,
-    Pipeline,
-    Ppo,
-    Reward,
-    Rollout,
-    Sampling,
-    Sft,
-    Zero,
-)
+from dschat_kit.config import Checkpoint, Data, Lora, Model, Pipeline, Ppo, Reward, Rollout, Sampling, Sft, Zero
+from dschat_kit.sections import ConfigError
 
 
 def _opt(actor: str, *, ranks: int, stage: int, lora: int, micro: int) -> Pipeline:

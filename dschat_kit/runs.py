@@ -17,6 +17,7 @@ from datetime import datetime
 from pathlib import Path
 
 from dschat_kit.config import STAGES, ConfigError, Pipeline
+from dschat_kit.sections import flat
 
 REQUIRES = {"data": (), "sft": ("data",), "reward": ("data", "sft"), "ppo": ("data", "sft", "reward"),
             "chat": ("sft", "ppo")}
@@ -275,13 +276,9 @@ def _decide(run: StageRun, wanted: dict, resume: str, fresh: bool) -> str:
 
 
 def _difference(old: dict, new: dict) -> str:
-    rows = []
-    for section in sorted(set(old) | set(new)):
-        before, after = old.get(section), new.get(section)
-        if isinstance(before, dict) and isinstance(after, dict):
-            rows += [f"{section}.{k}: {before.get(k)!r} -> {new!r}" for k, new in after.items() if before.get(k) != new]
-        elif before != after:
-            rows.append(f"{section}: {before!r} -> {after!r}")
+    before = flat(old)
+    rows = [f"{path}: {before.get(path)!r} -> {value!r}" for path, value in flat(new).items()
+            if before.get(path) != value]
     return "; ".join(rows) or "the content of data.sources"
 
 

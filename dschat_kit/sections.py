@@ -65,6 +65,14 @@ def build(cls, tree: dict, prefix: str = ""):
     return cls(**values)
 
 
+def flat(tree: dict, prefix: str = "") -> dict:
+    """Nested settings on one level: {"ppo.kl_coef": 0.1, "seed": 0}."""
+    found = {}
+    for name, value in tree.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
 def unknown(path: str, cls, prefix: str) -> ConfigError:
     """The error for a name that section `cls`, whose fields begin with `prefix`, does not have."""
     names = [f"{prefix}{item.name}" for item in dataclasses.fields(cls)]

@@ -20,7 +20,7 @@ def worst(checks):
     return max((check.state for check in checks), key=("ok", "warn", "fail").index)
 
 
-CPU = Machine(accelerator="cpu", devices=2, cores=2, memory_gb=8.0, bf16=False, torch_build="2.13.0+cpu")
+CPU = Machine(accelerator="cpu", devices=2, cores=2, bf16=False, torch_build="2.13.0+cpu")
 
 
 def test_this_machine_passes_and_torch_stays_out_of_the_process(tmp_path):

@@ -48,11 +48,11 @@ def machine_checks(run_root: Path | None = None, *, timeout: float = 180.0) -> l
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     return [
         Check("system", f"{platform.system()} {platform.release()} {platform.machine()}",
-               "fail" if platform.system() != "Linux" else "ok",
-               "the launcher needs Linux: open the checkout in its devcontainer (.devcontainer)"),
+              "fail" if platform.system() != "Linux" else "ok",
+              "the launcher needs Linux: open the checkout in its devcontainer (.devcontainer)"),
         Check("python", f"{python} ({sys.executable})", "fail" if sys.version_info < (3, 11, 5) else "ok",
-               f"install Python >= 3.11.5, remove .venv, run `{SETUP}`"),
-        _packages(checkout() / "env" / "constraints.txt"), *_training(machine, timeout), _memory(machine),
+              f"install Python >= 3.11.5, remove .venv, run `{SETUP}`"),
+        _packages(checkout() / "env" / "constraints.txt"), *_training(machine, timeout), _memory(),
         _shared_memory(machine), _disk(Path(run_root or checkout() / "runs").absolute()), _loopback(),
         # told, never required: the kit turns off what DeepSpeed would compile at first use
         Check("compiler", compiler or "none, and none is needed (plain gloo on CPUs)")]
@@ -70,8 +70,8 @@ def _packages(constraints: Path) -> Check:
                 other.append(f"{name} {installed} instead of {pinned}")
     more = f" and {len(other) - 4} more" if len(other) > 4 else ""
     return Check("packages", ", ".join(other[:4]) + more if other else f"all at the versions of {constraints.name}",
-                  "warn" if other else "ok",
-                  f"`{SETUP}` installs the pinned versions (remove .venv/dschat-setup first if it says ready)")
+                 "warn" if other else "ok",
+                 f"`{SETUP}` installs the pinned versions (remove .venv/dschat-setup first if it says ready)")
 
 
 def _training(machine: Machine, timeout: float) -> list[Check]:
@@ -108,24 +108,25 @@ def _accelerator(machine: Machine, said: dict, gpus: list[str]) -> Check:
     here = f"{len(gpus)} x {gpus[0] if gpus else 'GPU'}"
     if gpus and not said["cuda"]:
         return Check("accelerator", f"{here}, but torch is a CPU build; {plan}", "warn",
-                      f"run `{SETUP}` with DSCHAT_PIP_ARGS naming an index with CUDA builds of torch")
+                     f"run `{SETUP}` with DSCHAT_PIP_ARGS naming an index with CUDA builds of torch")
     if gpus and not said["gpus"] and os.environ.get("CUDA_VISIBLE_DEVICES") is None:
         return Check("accelerator", f"{here}, but torch sees none", "fail",
-                      f"the driver is too old for CUDA {said['cuda']}: update it, or choose an older CUDA build of "
-                      "torch with DSCHAT_PIP_ARGS")
+                     f"the driver is too old for CUDA {said['cuda']}: update it, or choose an older CUDA build of "
+                     "torch with DSCHAT_PIP_ARGS")
     return Check("accelerator", f"{here if machine.accelerator == 'cuda' else f'none in use, {machine.cores} cores'}; "
                                  f"{plan}")
 
 
-def _memory(machine: Machine) -> Check:
+def _memory() -> Check:
     """Free memory, with the limit of a container counted."""
-    free = psutil.virtual_memory().available
+    memory = psutil.virtual_memory()
+    free = memory.available
     group = Path("/sys/fs/cgroup")
     if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()) != "max":
         free = min(free, int(limit) - int((group / "memory.current").read_text()))
-    return Check("memory", f"{free / 2**30:.1f} of {machine.memory_gb:.1f} GiB free",
-                  "warn" if free < 3 * 2**30 else "ok",
-                  "the tiny preset takes about 3 GiB with two ranks: close something, or use --num-gpus 1")
+    return Check("memory", f"{free / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free",
+                 "warn" if free < 3 * 2**30 else "ok",
+                 "the tiny preset takes about 3 GiB with two ranks: close something, or use --num-gpus 1")
 
 
 def _shared_memory(machine: Machine) -> Check:
@@ -134,7 +135,7 @@ def _shared_memory(machine: Machine) -> Check:
     free = shutil.disk_usage("/dev/shm").free / 2**20
     small = free < 512 and machine.devices > 1 and machine.accelerator == "cuda"
     return Check("/dev/shm", f"{free:.0f} MiB free", "warn" if small else "ok",
-                  "NCCL between GPUs may hang: start the container with --shm-size=1g")
+                 "NCCL between GPUs may hang: start the container with --shm-size=1g")
 
 
 def _disk(run_root: Path) -> Check:
