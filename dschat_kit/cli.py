@@ -69,10 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     add_arguments(kinds.add_parser("ppo", help="a whole PPO iteration: ours and the same loop on plain transformers"))
     verify = command("verify", _verify, "PPO against the exact optimum of a world that can be enumerated")
     verify.add_argument("--world", choices=("bandit", "bigram"), default="bigram")
-    for name, default, text in (("vocab", None, "tokens (default: 4, bandit 10)"), ("length", None, "of an answer"),
-                                ("seed", 0, "of the world and of PPO"), ("steps", 100, "PPO iterations (default 100)"),
-                                ("prompts", 1, "how many (default 1)"), ("ranks", 1, "processes (default 1)")):
-        verify.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
+    for name, kind, text in (("vocab", int, "tokens (default: 4, bandit 10)"), ("length", int, "tokens of an answer"),
+                             ("seed", int, "of the world and of PPO"), ("steps", int, "PPO iterations (default 100)"),
+                             ("prompts", int, "how many (default 1)"), ("ranks", int, "processes (default 1)")):
+        verify.add_argument(f"--{name}", type=kind, metavar="N", help=text)
     verify.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=0, help="ZeRO stage")
     verify.add_argument("--beta", type=float, nargs="+", default=[0.5], help="KL coefficients, one run each")
     verify.add_argument("--eos", action="store_true", help="the last token ends an answer")
@@ -153,13 +153,15 @@ def _verify(args) -> int:
         failed = verify.table(args.table)
         print("\n".join(failed) or f"all checks passed; see {args.table / 'verify.md'}")
         return int(bool(failed))
-    cases = verify.plan(args.world, args.vocab, args.length, tuple(args.beta), args.seed, args.eos, args.prompts,
-                        args.steps)
-    rows = verify.launch_cases(cases, args.ranks, args.zero, args.export)
-    failed = [text for row in rows for text in verify.failures(row)]
+    given = {name: getattr(args, name) for name in ("vocab", "length", "seed", "steps", "prompts")}
+    cases = verify.plan(args.world, betas=tuple(args.beta), eos=args.eos,
+                        **{name: value for name, value in given.items() if value is not None})
+    rows = verify.launch_cases(cases, 1 if args.ranks is None else args.ranks, args.zero, args.export)
+    failed = {row["beta"]: verify.failures(row) for row in rows}
     found = rows[0] if len(rows) == 1 else {"cases": rows}
-    print(json.dumps({**found, "failed": failed}) if args.json else "\n".join(verify.line(row) for row in rows))
-    return int(bool(failed))
+    print(json.dumps({**found, "failed": [text for texts in failed.values() for text in texts]}) if args.json else
+          "\n".join(verify.line(row) for row in rows))
+    return int(any(failed.values()))
 
 
 def _doctor(args) -> int:

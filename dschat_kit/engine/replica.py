@@ -17,8 +17,6 @@ from transformers import AttentionInterface
 from dschat_kit.engine.attention import ATTENTION, attend
 from dschat_kit.models.lora import ACTOR, merged_weight
 
-__all__ = ["Replica"]
-
 
 class Replica:
     """`model` is ready between `fill` and `release`, in `dtype` on the device of the source.

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from dschat_kit.engine.rollout_types import KitSampling
 
-__all__ = ["row_uniforms", "sample_tokens"]
-
 BLOCK = 256
 
 
