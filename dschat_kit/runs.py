@@ -139,7 +139,7 @@ def take_lock(path: Path):
             file.truncate(0)
             return file
         except BlockingIOError:
-            if time.monotonic() - begun > (30 if path.stat().st_size else 0.5):
+            if time.monotonic() - begun > (30 if os.fstat(file.fileno()).st_size else 0.5):
                 file.close()
                 raise _in_use(path.parent) from None
             time.sleep(0.05)

@@ -6,7 +6,6 @@ import sys
 import threading
 import time
 import uuid
-from functools import partial
 from pathlib import Path
 
 from dschat_kit.machine import checkout, own_path
@@ -56,7 +55,7 @@ def run_chain(*, preset: str, run_root: str | Path, overrides: list[str] = (), f
                 for number, path in enumerate(paths):
                     heading = f"{bar(number / len(paths))} {number + 1}/{len(paths)} {path.stem}"
                     begun = time.monotonic()
-                    _execute(path, target / path.name, given, mark, partial(_say, line, heading))
+                    _execute(path, target / path.name, given, mark, line, heading)
                     done[path.stem] = time.monotonic() - begun
                     line.end(f"{bar((number + 1) / len(paths))} {path.stem}  done in {clock(done[path.stem])}")
             finally:  # however it comes, no process of the chain is left
@@ -111,8 +110,8 @@ def own_kernel(mark: str) -> type:
     return OwnKernel
 
 
-def _execute(path: Path, target: Path, given: dict, mark: str, say) -> None:
-    """Run one notebook in a thread of its own, telling `say` how far it is. Raises NotebookFailed."""
+def _execute(path: Path, target: Path, given: dict, mark: str, line: Line, heading: str) -> None:
+    """Run one notebook in a thread of its own; `line` says how far it is. Raises NotebookFailed."""
     from papermill import execute_notebook
     outcome: list[Exception] = []
 
@@ -128,14 +127,11 @@ def _execute(path: Path, target: Path, given: dict, mark: str, say) -> None:
     thread.start()
     while thread.is_alive():
         look = follow.poll()
-        say(look.text() if follow.news else "")
+        text = look.text() if follow.news else ""
+        line.show(f"{heading}  {text}", f"{heading}  {text[:8]}")  # a new stage is said at once
         thread.join(0.5)
     if outcome:
         raise NotebookFailed(failure_text(target, outcome[0])) from outcome[0]
-
-
-def _say(line: Line, heading: str, text: str) -> None:
-    line.show(f"{heading}  {text}", f"{heading}  {text[:8]}")  # a new stage is said at once
 
 
 def failure_text(executed: Path, error: Exception) -> str:
