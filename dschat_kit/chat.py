@@ -41,7 +41,7 @@ class ChatSession:
                 return cls(run.model_dir, **{"max_new_tokens": run.pipeline.sampling.max_new_tokens} | options)
         stages = " or ".join(run.stage for run in runs)
         raise RunError(f"{Path(run_root).absolute()} has no exported model of {stages}\n"
-                       f"  change: dschat run --run-root {run_root}, or name another run")
+                       f"  change: dschat run --run-root '{run_root}', or name another run")
 
     def ask(self, text: str, *, temperature: float = 0.0, seed: int = 0) -> str:
         """One answer, without the dialogue so far."""

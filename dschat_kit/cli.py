@@ -9,7 +9,7 @@ from dschat_kit.config import ConfigError
 from dschat_kit.machine import checkout
 from dschat_kit.presets import PRESETS, get_preset
 from dschat_kit.runs import RunError
-from dschat_kit.sections import flat
+from dschat_kit.sections import error, flat
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,8 +21,8 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.command(args)
-    except (ConfigError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ConfigError, RunError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -140,7 +140,7 @@ def _bench(args) -> int:
         from dschat_kit.bench import run
         return run(args)
     if args.rows < 1000:
-        raise ConfigError(f"--rows: got {args.rows}\n  expected: 1000 or more\n  change:   --rows 10000")
+        raise error("--rows", args.rows, "1000 or more", "--rows 10000")
     from dschat_kit.data.benchmark import bench_data
     found = bench_data(args.rows, args.tokenizer, report=lambda line: print(line, file=sys.stderr))
     print(json.dumps(found) if args.json else "\n".join(f"{name:26} {value:.4g}" for name, value in found.items()))

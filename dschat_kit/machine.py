@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from dschat_kit.config import ConfigError, Pipeline
+from dschat_kit.config import Pipeline
+from dschat_kit.sections import error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +109,8 @@ def _json_text(path: str) -> str:
     try:
         return json.dumps(json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError) as problem:
-        raise ConfigError(f"zero.deepspeed: got {path!r}, which is no JSON file: {problem}\n"
-                          "  expected: DeepSpeed's settings\n  change:   --set zero.deepspeed=PATH") from None
+        raise error("zero.deepspeed", f"{path!r}, which is no JSON file: {problem}", "DeepSpeed's settings",
+                    "--set zero.deepspeed=PATH") from None
 
 
 def _source(name: str) -> str:

@@ -246,11 +246,11 @@ def _require_earlier(run: StageRun, pipeline: Pipeline) -> None:
             continue
         if state != "finished":
             raise RunError(f"{run.stage} needs a finished {earlier} stage in {run.root}, which is {state}\n"
-                           f"  change: `dschat {earlier} --run-root {run.root}` first, or choose another --run-root")
+                           f"  change: `dschat {earlier} --run-root '{run.root}'` first, or choose another --run-root")
         if before.config["config_hash"] != stage_hash(pipeline, earlier):
             raise RunError(f"the {earlier} stage in {run.root} was made with another configuration\n  changed: "
                            f"{_difference(before.config['pipeline'], pipeline.to_dict())}\n"
-                           f"  change: make it anew with `dschat {earlier} --run-root {run.root} --fresh`, or choose "
+                           f"  change: make it anew with `dschat {earlier} --run-root '{run.root}' --fresh`, or choose "
                            "another --run-root")
 
 

@@ -6,6 +6,7 @@ import select
 import shlex
 import time
 from collections import deque
+from contextlib import suppress
 
 from dschat_kit.runs import StageRun, cannot, take_lock
 
@@ -128,8 +129,8 @@ class Report:
     def ending(self) -> None:
         """Note in the lock that this launcher is ending its job, so that the next one waits for it."""
         if self.lock:
-            self.lock.write("ending\n")
-            self.lock.flush()
+            with suppress(OSError):  # on a full disk the next one does not wait, and this job still has to end
+                os.write(self.lock.fileno(), b"ending\n")
 
     def finish(self, code: int, reason: str) -> int:
         """Show the last lines and, where the job did not succeed, why; settle status.json. Returns `code`."""

@@ -13,6 +13,7 @@ from dschat_kit.feasible import refuse
 from dschat_kit.machine import checkout, detect, own_path, resolve
 from dschat_kit.presets import get_preset
 from dschat_kit.runs import RunError, StageRun, open_run, prepare_stage, stage_hash
+from dschat_kit.sections import error
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def begin_cell(stage: str, *, preset: str, run_root: str, set_: str | None, laun
     configuration of a run that exists.
     """
     if launch not in ("auto", "never"):
-        raise ConfigError(f"launch: got {launch!r}\n  expected: auto | never\n  change:   the parameters cell")
+        raise error("launch", repr(launch), "auto | never", "the parameters cell")
     preset, root, pipeline = cell_configuration(preset, run_root, set_)
     if launch == "never":
         run = open_run(root, stage)

@@ -77,7 +77,7 @@ def browse(rows: Sequence[dict], columns: tuple[str, ...] = ("sample_id", "promp
     def record(number: int) -> dict[str, str]:
         return {name: str(rows[number][name]).strip() for name in columns if name in rows[number]}
 
-    if "DSCHAT_HEADLESS" in os.environ:
+    if "DSCHAT_HEADLESS" in os.environ or len(rows) == 0:
         return table([record(number) for number in range(min(3, len(rows)))])
     from IPython.display import display
     from ipywidgets import IntSlider, interactive_output
