@@ -3,6 +3,7 @@
 import html
 import io
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,7 +68,8 @@ def samples_table(run: StageRun, n: int = 6) -> Table:
         if sample.get("phase") in ("before", "after"):
             scores = [f"{key} {sample[key]:.2f}" for key in ("score", "gold") if sample.get(key) is not None]
             answer = sample["response"].strip() or "(nothing)"
-            row = rows.setdefault(sample["sample_id"], {"prompt": sample["prompt"].strip()})
+            asked = re.sub(r"\n[^\n]*:\s*$", "", sample["prompt"]).strip()  # without the line that says who speaks next
+            row = rows.setdefault(sample["sample_id"], {"prompt": asked})
             row[f"{sample['phase']} PPO"] = "\n".join([answer, "  ".join(scores)])
     return table([row for row in rows.values() if len(row) == 3][:n])
 
