@@ -40,7 +40,7 @@ def run_chain(*, preset: str, run_root: str | Path, overrides: list[str] = (), f
     root = Path(run_root).absolute()
     given = {"preset": preset, "run_root": str(root), "set_": shlex.join(overrides), "launch": "auto",
              "num_gpus": num_gpus, "resume": resume, "fresh": fresh}
-    target, line, mark = root / "notebooks", Line(sys.stderr), f"{TAG}={uuid.uuid4().hex}"
+    target, line, mark = root / "notebooks", Line(sys.stderr), {TAG: uuid.uuid4().hex}
     done: dict[str, float] = {}
 
     def stop(number, _frame):
@@ -95,22 +95,21 @@ def check_parameters(paths: list[Path], given: dict) -> None:
                            "notebook's cell tagged `parameters`")
 
 
-def own_kernel(mark: str) -> type:
+def own_kernel(mark: dict[str, str]) -> type:
     """A kernel manager whose kernel is this interpreter, whatever kernels are installed, and carries `mark`."""
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
-    name, _, value = mark.partition("=")
     quiet = "--log-level=50"  # every shutdown begins with an interrupt, which a kernel would report as an error
 
     class OwnKernel(AsyncKernelManager):
         kernel_spec = KernelSpec(
             argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", quiet], language="python",
-            env={"PATH": own_path(), "DSCHAT_HEADLESS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1", name: value})
+            env={"PATH": own_path(), "DSCHAT_HEADLESS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1", **mark})
 
     return OwnKernel
 
 
-def _execute(path: Path, target: Path, given: dict, mark: str, line: Line, heading: str) -> None:
+def _execute(path: Path, target: Path, given: dict, mark: dict, line: Line, heading: str) -> None:
     """Run one notebook in a thread of its own; `line` says how far it is. Raises NotebookFailed."""
     from papermill import execute_notebook
     outcome: list[Exception] = []

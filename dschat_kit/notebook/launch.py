@@ -100,7 +100,7 @@ class Job:
 
     def __init__(self, argv: list[str], run: StageRun | None):
         self.argv, self.stage = argv, run
-        self.mark = f"{TAG}={uuid.uuid4().hex}"
+        self.mark = {TAG: uuid.uuid4().hex}
         node = option(argv, "--node_rank", "--node-rank") or ""
         self.node = int(node) if node.isdigit() else 0
         self.parent = os.getppid()
@@ -111,7 +111,7 @@ class Job:
     def run(self) -> int:
         """Start, forward, end, report; returns the exit code."""
         port = free_port()
-        environment = child_environment(self.argv, port) | dict([self.mark.split("=")])
+        environment = child_environment(self.argv, port) | self.mark
 
         def launcher_killed():
             self.report.settle("interrupted", "its launcher was killed")

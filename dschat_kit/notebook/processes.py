@@ -1,4 +1,4 @@
-"""Find and end every process of a job: each carries NAME=TAG ("mark") in its environment.
+"""Find and end every process of a job: each carries its mark, {NAME: TAG}, in its environment.
 
 A mark survives what a process group or a session does not: a child that calls setsid, a parent that dies first.
 """
@@ -15,11 +15,10 @@ import psutil
 ESCALATION = ((signal.SIGINT, 0.6), (signal.SIGTERM, 0.4), (signal.SIGKILL, 0.1))  # and the share of the time after it
 
 
-def tagged(mark: str) -> list[psutil.Process]:
+def tagged(mark: dict[str, str]) -> list[psutil.Process]:
     """The living processes whose environment at exec held `mark`, this one left out."""
-    name, _, value = mark.partition("=")
     return [process for process in psutil.process_iter(["environ"])
-            if (process.info["environ"] or {}).get(name) == value and process.pid != os.getpid()]
+            if mark.items() <= (process.info["environ"] or {}).items() and process.pid != os.getpid()]
 
 
 class Ending:
@@ -29,7 +28,8 @@ class Ending:
     checkpoint. With `ranks_first` the INT goes to the ranks alone where there are any: an srun would kill them.
     """
 
-    def __init__(self, mark: str, first: float = 0.0, seconds: float | None = None, ranks_first: bool = False):
+    def __init__(self, mark: dict[str, str], first: float = 0.0, seconds: float | None = None,
+                 ranks_first: bool = False):
         self.mark, self.level, self.next_at, self.ranks_first = mark, 0, time.monotonic() + first, ranks_first
         self.seconds = seconds or float(os.environ.get("DSCHAT_GRACE", "10"))
 
@@ -82,7 +82,7 @@ def handling(handler, *numbers: int):
 
 
 @contextmanager
-def guard(mark: str, afterwards=lambda: None):
+def guard(mark: dict[str, str], afterwards=lambda: None):
     """Within, a small process stands by to end the job, should this one be killed outright.
 
     It is no child of ours and in its own session, so that a signal to our group or to our children passes it by. As a
