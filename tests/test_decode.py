@@ -143,7 +143,7 @@ def test_a_draw_inverts_the_whole_distribution_function(seed, size):
 
 def test_fewer_places_than_rows_and_several_samples_change_no_token(model):
     """Rows that end give their places to waiting prompts; n samples of a prompt share its computation."""
-    asked = request(lengths=(3, 9, 4, 1, 7, 9, 2, 5), seed=3)
+    asked = request(lengths=(3, 9, 4, 1, 7, 9, 2, 5), seed=4)
     many = replace(SAMPLING, n_samples_per_prompt=2, stop_token_ids=tuple(range(1, 60)))
     expected = run(model, asked, many, path="plain")
     assert 0 < expected.response_mask.sum(1).min() < expected.response_mask.sum(1).max()
