@@ -161,10 +161,10 @@ def headline(root: Path, stage: str) -> str:
 
 def summary(root: Path, done: dict[str, float]) -> str:
     """The table after a run: notebook, stage, seconds, headline; where to look next."""
-    lines = [f"{'notebook':<22}  stage   seconds  result"]
+    lines = [f"{'notebook':<24}  stage   seconds  result"]
     for name, seconds in done.items():
         stage = CHAIN.get(name, "")
-        lines.append(f"{name:<22}  {stage or '-':<6}  {seconds:>7.0f}  {headline(root, stage)}".rstrip())
+        lines.append(f"{name:<24}  {stage or '-':<6}  {seconds:>7.0f}  {headline(root, stage)}".rstrip())
     jupyter = shlex.join([str(Path(sys.executable).parent / "jupyter"), "lab", str(root / "notebooks")])
-    return "\n".join([*lines, f"{'together':<22}  {'':<6}  {sum(done.values()):>7.0f}", "",
+    return "\n".join([*lines, f"{'together':<24}  {'':<6}  {sum(done.values()):>7.0f}", "",
                       f"executed notebooks, with figures: {root / 'notebooks'}", f"look: {jupyter}"])
