@@ -112,6 +112,8 @@ def test_global_batches_have_to_divide_over_the_ranks():
         pipeline.check_ranks("sft", 3)
     with pytest.raises(ConfigError, match=r"ppo.mini_batch_size: got 32\n.*multiple of 64"):
         pipeline.check_ranks("ppo", 4)
+    with pytest.raises(ConfigError, match=r"inference_tp_size: got 3\n.*divisor of 2 ranks"):
+        pipeline.with_overrides(["rollout.inference_tp_size=3"]).check_ranks("ppo", 2)
 
 
 def test_the_hash_of_a_stage_follows_what_it_reads():

@@ -59,17 +59,26 @@ class KVSlots:
             self.tiles[index].append(row)
         self._filled = torch.tensor(slots)
 
-    def advance(self, positions: Tensor) -> None:
-        """The step that follows writes the token of the i-th active row at column positions[i]."""
+    def places(self) -> list[int]:
+        """The slot of each active row, in the order of `rows`."""
+        return [TILE * index + place for index, tile in enumerate(self.tiles) for place in range(len(tile))]
+
+    def advance(self, positions: Tensor, used: int | None = None) -> None:
+        """The step that follows writes the token of the i-th active row at column positions[i]. With `used` it
+        computes every slot instead, active or not, and reads that many columns of each: nothing then depends on a
+        value, only on sizes, and the step can be captured."""
         self._filled, self._bias, self._places, start = None, {}, {}, 0
-        slots, self._spans = [], []
-        for index, tile in enumerate(self.tiles):
+        if used:
+            self._spans = [(0, 0, positions, 0, used - 1)]
+            self._slots = torch.arange(self.slots, device=positions.device)
+        else:
+            self._spans, self._slots = [], torch.tensor(self.places(), device=positions.device)
+        for index, tile in enumerate(self.tiles if used is None else ()):
             if tile:
                 span = positions[start:start + len(tile)]
                 self._spans.append((start, TILE * index, span, int(span.min()), int(span.max())))
-                slots += range(TILE * index, TILE * index + len(tile))
                 start += len(tile)
-        self._slots, self._positions = torch.tensor(slots, device=positions.device), positions
+        self._positions = positions
 
     def retire(self, row: int, used: int) -> None:
         """Free the row's slot: the last row of its tile moves there, with its first `used` columns."""
