@@ -116,11 +116,11 @@ WATCH = """
 import time
 from dschat_kit.notebook import monitor
 live = monitor.watch(STAGE, every=0.2)
-seen, update = [], live.handle.update
-def noted(*arguments, **more):
+seen, poll = [], live.follow.poll
+def noted():
     seen.append(time.time())
-    update(*arguments, **more)
-live.handle.update = noted
+    return poll()
+live.follow.poll = noted
 """
 TRAIN = """%%bash
 set -euo pipefail
@@ -153,7 +153,7 @@ def test_bar_and_figure_move_while_a_bash_cell_blocks_and_stay(tmp_path):
     pictures = [output for output in cells[0].outputs if "image/png" in output.get("data", {})]
     assert len(pictures) == 1 and "5 steps" in pictures[0].data["text/plain"]
     assert "step 5/5" in cells[0].outputs[0].data["text/html"]
-    assert int(cells[2].outputs[0].text.split()[1]) >= 2
+    assert int(cells[2].outputs[0].text.split()[1]) >= 1
     assert (tmp_path / "b.ipynb").stat().st_size < 200_000
 
 
