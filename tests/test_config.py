@@ -91,6 +91,7 @@ def test_a_section_made_in_python_is_checked_as_well():
     ("my file.jsonl:2, other one.jsonl:0.5", [("my file.jsonl", 2.0), ("other one.jsonl", 0.5)]),
     ("/a:b/rows.jsonl", [("/a:b/rows.jsonl", None)]),
     ("C:rows.jsonl:3", [("C:rows.jsonl", 3.0)]),
+    (r"a\,b.jsonl:3,c", [("a,b.jsonl", 3.0), ("c", None)]),
 ])
 def test_sources_with_weights(text, expected):
     assert Data(sources=text).weighted_sources() == expected
