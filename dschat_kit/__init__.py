@@ -28,8 +28,8 @@ READING_ORDER = (
     "train.watch", "train.telemetry", "train.card", "train.session", "train.rank", "train.sft", "train.reward",
     "train.prompts", "train.ppo_metrics", "train.ppo", "train.exact", "train.bench", "train.bench_ppo",
     "chat", "bench",
-    "notebook.processes", "notebook.lines", "notebook.report", "notebook.launch", "notebook.stage", "notebook.progress",
-    "notebook.show", "notebook.tables", "notebook.plots", "notebook.monitor", "notebook.execute",
+    "notebook.processes", "notebook.report", "notebook.launch", "notebook.stage", "notebook.progress",
+    "notebook.tables", "notebook.plots", "notebook.monitor", "notebook.execute",
     "notebook.diagnosis", "notebook.doctor",
     "verify", "cli",
 )

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 from dschat_kit.sections import Section, bounded, error, finite
 
-__all__ = ["Data"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Data(Section):

@@ -21,8 +21,6 @@ from dschat_kit.machine import detect
 from dschat_kit.models.loading import accepts
 from dschat_kit.runs import RunError
 
-__all__ = ["HybridEngine"]
-
 
 class HybridEngine(RolloutEngine):
     """Generates with the weights that are being trained.

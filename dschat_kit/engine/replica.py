@@ -18,8 +18,6 @@ from dschat_kit.engine.attention import ATTENTION, attend
 from dschat_kit.engine.tensor_parallel import TensorParallel
 from dschat_kit.models.lora import ACTOR, merged_weight
 
-__all__ = ["Replica"]
-
 
 class PackedLinear(nn.Linear):
     """A linear layer that multiplies with a copy of its weight in the order in which oneDNN's bf16 kernels read it;

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from dschat_kit.models.loading import accepts, left_aligned, response_columns
 
-__all__ = ["chunked_logprobs", "response_logprobs"]
-
 CHUNK = 2**19
 """Entries of logits that are in fp32 at a time: 2 MB, which stay in the cache of a CPU."""
 
