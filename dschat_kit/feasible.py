@@ -25,7 +25,7 @@ def refuse(pipeline: Pipeline, machine: Machine) -> None:
         raise error("model.dtype", f"{dtype}, but {reason}", "a dtype that this machine multiplies", hint[dtype])
     if pipeline.telemetry.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise error("telemetry.tensorboard", "true, but tensorboard is not installed", "the package tensorboard",
-                    "pip install tensorboard, or --set telemetry.csv=true")
+                    "bash env/setup.sh tensorboard (the extra of that name), or --set telemetry.csv=true")
     for target in [] if pipeline.lora.targets == "auto" else pipeline.lora.targets.split(","):
         for name in filter(None, (pipeline.model.name, pipeline.reward.model)) if pipeline.lora.rank else ():
             known = weight_names(name)

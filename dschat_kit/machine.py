@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from dschat_kit.config import ConfigError, Pipeline
+from dschat_kit.sections import error
 
 __all__ = ["Machine", "PeakMemory", "checkout", "detect", "resolve"]
 
@@ -36,6 +37,13 @@ class Machine:
     def dtype(self) -> str:
         """The dtype that `model.dtype=auto` stands for."""
         return "bf16" if self.bf16 else "fp32"
+
+    def check_ranks(self, ranks: int) -> None:
+        """Raises ConfigError for more ranks than there are GPUs, or on a CPU cores: each computes on one of its own."""
+        if not 1 <= ranks <= self.devices:
+            kind = "GPUs" if self.accelerator == "cuda" else "cores"
+            raise error("--num-gpus", str(ranks), f"1 to {self.devices}, the {kind} of this machine",
+                        f"--num-gpus {self.default_ranks}, or more machines with --launcher")
 
 
 def detect() -> Machine:

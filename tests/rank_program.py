@@ -7,11 +7,13 @@ import json
 import sys
 from pathlib import Path
 
+import deepspeed
 import torch
 import torch.distributed as dist
 
 from dschat_kit.engine.ema import Ema
-from dschat_kit.engine.zero import full_state_dict
+from dschat_kit.engine.zero import full_state_dict, whole_layers
+from dschat_kit.models import saving
 from dschat_kit.rlhf.experience import Experience
 from dschat_kit.runs import StageRun, write_json
 from dschat_kit.train import ppo, rank, reward, sft
@@ -19,6 +21,39 @@ from dschat_kit.train.session import Session
 from dschat_kit.train.watch import Watch
 
 B, P, A, STEPS, DECAY = 16, 6, 8, 20, 0.9
+
+
+class Counted(deepspeed.zero.GatheredParameters):
+    """DeepSpeed's context, counting the bytes that are whole at the same time."""
+    now = peak = 0
+
+    def __enter__(self):
+        super().__enter__()
+        params = self.params if self.enabled else ()
+        self.bytes = sum(parameter.ds_numel * parameter.element_size() for parameter in params)
+        Counted.now += self.bytes
+        Counted.peak = max(Counted.peak, Counted.now)
+
+    def __exit__(self, *exc):
+        Counted.now -= self.bytes
+        return super().__exit__(*exc)
+
+
+class Counting(Session):
+    """A session that writes gathered.json: the bytes of the model, and the most that was whole at once while it was
+    loaded and exported."""
+
+    def begin(self, *args):
+        self.loading, Counted.peak = Counted.peak, 0
+        return super().begin(*args)
+
+    def export(self, model, *args):
+        Counted.peak = 0
+        super().export(model, *args)
+        whole = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
+        if self.is_main:
+            write_json(self.run.path / "gathered.json", {"loading": self.loading, "export": Counted.peak,
+                                                         "whole": whole})
 
 
 def experience(vocabulary: int) -> Experience:
@@ -50,7 +85,8 @@ def replay(session: Session) -> dict:
         ema.update()
         state = full_state_dict(model, session.is_main)
         closed = {name: DECAY * closed[name] + (1 - DECAY) * state[name].double() for name in state}
-    found = ema.state_dict()
+    found = {name: value.clone() for layer in whole_layers(model, session.is_main)
+             for name, value in ema.instead(layer).items() if name in trained}
     place = str(session.run.path / "ema")
     ema.save_checkpoint(place, "state")
     dist.barrier()
@@ -70,14 +106,15 @@ def replay(session: Session) -> dict:
 
 
 def main(jobs: list[dict]) -> None:
-    first = True
+    first, deepspeed.zero.GatheredParameters = True, Counted
     for job in jobs:
         run = StageRun(job["path"])
         if first:
             rank._start(run)
             first = False
-        session = Session(run, resume=job.get("resume", False), console=sys.stdout,
-                          watch=Watch(lambda error: 1))
+        saving.SHARD_BYTES, Counted.peak = job.get("shard_bytes", 2**31), 0
+        session = Counting(run, resume=job.get("resume", False), console=sys.stdout,
+                           watch=Watch(lambda error: 1))
         torch.manual_seed(0)
         if job.get("replay"):
             replay(session)

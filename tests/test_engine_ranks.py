@@ -18,13 +18,16 @@ from dschat_kit.metrics import read_metrics
 
 pytestmark = pytest.mark.ranks
 CHAIN = ("sft", "reward", "ppo")
+SHARD = 60_000
+"""Bytes of a file of weights here: less than any of these models."""
 SHORT = ["data.rows=120", "data.eval_rows=16", "sft.max_steps=2", "reward.max_steps=2", "ppo.mini_batch_size=8",
          "ppo.micro_batch_size=2"]
 
 
 def replayed(root: Path, zero: int, *sets: str) -> list[dict]:
     """SFT and reward model of 20 steps each, then 20 PPO updates on one experience."""
-    return [job(root / f"zero{zero}", stage, f"zero.stage={zero}", *sets, replay=stage == "ppo") for stage in CHAIN]
+    return [job(root / f"zero{zero}", stage, f"zero.stage={zero}", *sets, replay=stage == "ppo", shard_bytes=SHARD)
+            for stage in CHAIN]
 
 
 def seen(root: Path, zero: int) -> dict[str, list[float]]:
@@ -49,6 +52,20 @@ def average_is_right(root: Path, zero: int) -> None:
     assert found["ema_elements"] == found["elements"]  # no part twice, none missing
 
 
+def never_whole(stage: Path, loaded: bool = True) -> None:
+    """Under ZeRO-3 a stage gathered its model in parts, and wrote it as several files that plain transformers reads."""
+    found = json.loads((stage / "gathered.json").read_text())
+    assert 0 < found["export"] < 0.6 * found["whole"], (stage, found)
+    assert not loaded or 0 < found["loading"] < 0.6 * found["whole"], (stage, found)
+    for name in ("model", "ema") if (stage / "ema").exists() else ("model",):
+        index = json.loads((stage / name / "model.safetensors.index.json").read_text())
+        files = sorted(path.name for path in (stage / name).glob("*.safetensors"))
+        assert files == sorted(set(index["weight_map"].values())) and len(files) > 1
+        kind = AutoModelForSequenceClassification if stage.name == "reward" else AutoModelForCausalLM
+        _, said = kind.from_pretrained(stage / name, output_loading_info=True)
+        assert not any(said.values()), (stage, said)
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
     """ZeRO-0 on one rank: plain training, which all others are held against."""
@@ -63,6 +80,8 @@ def test_two_ranks_with_zero_2_and_3_give_the_losses_and_the_average_of_one_rank
         same(seen(alone, 0), seen(tmp_path, zero))
         average_is_right(tmp_path, zero)
     average_is_right(alone, 0)
+    for stage in ("sft", "reward"):
+        never_whole(tmp_path / "zero3" / stage, loaded=stage == "reward")
 
 
 @pytest.mark.slow
@@ -90,14 +109,15 @@ def test_offloaded_optimisers_and_parameters_and_checkpointing_give_them_too(alo
 def test_every_family_passes_all_three_stages_sharded(tmp_path):
     families = [*FAMILIES, *sorted(set(SHAPES) - set(FAMILIES))]
     models = {family: folder(tmp_path / "models" / family, family) for family in families}
-    launch(tmp_path, [job(tmp_path / family, stage, f"model.name={models[family]}", "zero.stage=3", *SHORT)
-                      for family in families for stage in CHAIN], 2)
+    launch(tmp_path, [job(tmp_path / family, stage, f"model.name={models[family]}", "zero.stage=3", *SHORT,
+                          shard_bytes=SHARD) for family in families for stage in CHAIN], 2)
     for family in families:
         first = read_metrics(tmp_path / family / "ppo" / "metrics.jsonl")[0]
         assert first["first_ratio_max"] == pytest.approx(1, abs=1e-5) and abs(first["kl"]) < 1e-5, family
         assert all(row["grad_norm"] > 0 for stage in ("sft", "reward")
                    for row in read_metrics(tmp_path / family / stage / "metrics.jsonl")), family
-        AutoModelForCausalLM.from_pretrained(tmp_path / family / "ppo" / "model")
+        for stage in CHAIN:
+            never_whole(tmp_path / family / stage)
 
 
 # -- adapters
@@ -112,9 +132,10 @@ def adapted(tmp_path_factory) -> Path:
     """LoRA through the chain of two families, then PPO again upon one shared base."""
     root = tmp_path_factory.mktemp("adapted")
     jobs = []
-    for family in ("llama", "gpt2"):
-        sets = [*LORA, f"model.name={folder(root / 'models' / family, family)}", "zero.stage=2"]
-        jobs += [job(root / family, stage, *sets) for stage in CHAIN] + [shared(root, family, "shared2", *sets)]
+    for family, zero in (("llama", 2), ("gpt2", 3)):
+        sets = [*LORA, f"model.name={folder(root / 'models' / family, family)}", f"zero.stage={zero}"]
+        chain = [*(job(root / family, stage, *sets) for stage in CHAIN), shared(root, family, "shared2", *sets)]
+        jobs += [one | {"shard_bytes": SHARD if zero == 3 else 2**31} for one in chain]
     launch(root, jobs, 2)
     return root
 
@@ -158,6 +179,10 @@ def test_one_base_gives_the_same_under_every_zero_stage_and_with_checkpointing(a
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_merged_model_and_exported_adapter_say_the_same(adapted, family):
     ids, run = torch.arange(2, 26).view(2, 12), adapted / family
+    if family == "gpt2":
+        for place in (run, run / "shared2"):
+            for stage in ("ppo",) if place.name == "shared2" else CHAIN:
+                never_whole(place / stage)
     base = {"sft": adapted / "models" / family, "reward": run / "sft" / "model", "ppo": run / "sft" / "model"}
     for stage, name in (("sft", "model"), ("reward", "model"), ("ppo", "model"), ("ppo", "ema")):
         kind = AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM

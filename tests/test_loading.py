@@ -15,9 +15,9 @@ from dschat_kit.models.loading import (
     load_causal_lm,
     load_config,
     model_inputs,
-    save_folder,
 )
 from dschat_kit.models.lora import add_adapters, merge_adapters
+from dschat_kit.models.saving import save_folder
 from dschat_kit.models.scalar_model import load_scalar_model
 
 
@@ -132,7 +132,7 @@ def test_adapters_change_nothing_at_first_and_merge_exactly(architecture, tmp_pa
                 parameter.normal_(generator=torch.Generator().manual_seed(0))
         changed = response_logits(model, ids, mask, 7)
         assert not torch.allclose(plain(input_ids=ids).logits[:, :-1], changed, atol=0.1)
-        save_folder(model, tokenizer(), tmp_path / "model", merge_adapters(model, model.state_dict()))
+        save_folder(model, tokenizer(), tmp_path / "model", [merge_adapters(model, model.state_dict())])
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
         found = merged(input_ids=ids).logits[:, :-1]
     assert float((found - changed).abs().max() / changed.abs().max()) < 1e-5

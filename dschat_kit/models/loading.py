@@ -4,9 +4,6 @@ Shapes: B sequences, T prompt + response, A response tokens, V vocabulary.
 """
 
 import inspect
-import os
-import shutil
-from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -17,10 +14,9 @@ from torch import Tensor, nn
 
 from dschat_kit.config import ConfigError, Model
 from dschat_kit.data.tokenizer import pad_id_of
-from dschat_kit.runs import RunError
 
 __all__ = ["DTYPES", "accepts", "can_pack", "check_length", "left_aligned", "load_causal_lm", "load_config",
-           "load_pretrained", "model_inputs", "quiet_loading", "response_columns", "save_folder"]
+           "load_pretrained", "model_inputs", "quiet_loading", "response_columns"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CAUSAL = ("ForCausalLM", "LMHeadModel")
@@ -164,26 +160,6 @@ def response_columns(attention_mask: Tensor, response_length: int) -> Tensor:
     places = torch.arange(response_length, device=attention_mask.device) - 1
     columns = attention_mask[:, :-response_length].sum(1, keepdim=True) + places
     return columns.clamp(max=int(attention_mask.sum(1).max()) - 1)
-
-
-def save_folder(model: nn.Module, tokenizer, folder: Path, state_dict: dict | None = None,
-                beside: Callable[[Path], None] = lambda folder: None) -> None:
-    """Write a Hugging Face folder (safetensors, tokenizer, what `beside` adds) under a temporary name, then rename it
-    into place."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        with quiet_loading():
-            model.save_pretrained(temporary, state_dict=state_dict)
-        tokenizer.save_pretrained(temporary)
-        beside(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}\n"
-                       "  change: free space or --run-root") from error
 
 
 @contextmanager
