@@ -70,8 +70,9 @@ def experience(vocabulary: int) -> Experience:
                       ref_logprobs=logprobs, scores=torch.randn(B, generator=g), **floats)
 
 
-def replay(session: Session) -> dict:
-    """20 updates on one experience; the moving average against its closed form. Writes replay.json."""
+def replay(session: Session, saved_average: str) -> dict:
+    """20 updates on one experience; the moving average against its closed form, and against the one that another job
+    of other ranks and another ZeRO stage saved (a folder, or ""). Writes replay.json."""
     _, tokenizer, _ = session.prepare_data()
     roles, session.total = ppo.build_roles(session, tokenizer), STEPS
     mine = experience(len(tokenizer)).select(range(session.rank, B, session.world_size))
@@ -93,13 +94,18 @@ def replay(session: Session) -> dict:
     again = Ema(roles.actor, DECAY)
     again.load_checkpoint(place, "state")
     assert all(torch.equal(part, ema.parts[name][0]) for name, (part, _) in again.parts.items())
+    moved = 0.0
+    if saved_average:
+        again.load_checkpoint(saved_average, "state")
+        moved, = session.largest(max(float((part - ema.parts[name][0]).abs().max()) for name, (part, _) in
+                                     again.parts.items()))
     elements, = session.sum(sum(part.numel() for part, _ in ema.parts.values()))
     if session.is_main:
         assert sorted(found) == sorted(trained), set(trained) ^ set(found)
         worst = max(float((found[name] - closed[name]).abs().max() / closed[name].abs().max()) for name in found)
         drift = max(float((state[name] - closed[name]).abs().max()) for name in found)
         write_json(session.run.path / "replay.json", {
-            "rows": rows, "ema_error": worst, "ema_distance": drift, "ema_elements": elements,
+            "rows": rows, "ema_error": worst, "ema_distance": drift, "ema_elements": elements, "ema_moved": moved,
             "elements": sum(value.numel() for value in found.values()),
             "dtypes": sorted({str(value.dtype) for value in found.values()})})
     return {}
@@ -117,7 +123,7 @@ def main(jobs: list[dict]) -> None:
                            watch=Watch(lambda error: 1))
         torch.manual_seed(0)
         if job.get("replay"):
-            replay(session)
+            replay(session, job.get("saved_average", ""))
         else:
             session.finish({"sft": sft, "reward": reward, "ppo": ppo}[run.stage].train(session))
         dist.barrier()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from launching import job, launch
 from peft import PeftModel
+from safetensors.torch import load_file
 from tiny_models import FAMILIES, SHAPES, folder
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -18,16 +19,27 @@ from dschat_kit.metrics import read_metrics
 
 pytestmark = pytest.mark.ranks
 CHAIN = ("sft", "reward", "ppo")
+NAMES = ("score_mean", "kl", "policy_loss", "value_loss", "entropy", "grad_norm_actor", "clip_fraction")
 SHARD = 60_000
 """Bytes of a file of weights here: less than any of these models."""
+SAVING = ["zero.stage=2", "ppo.max_steps=3", "ppo.ema_decay=0.9", "checkpoint.every_steps=1"]
 SHORT = ["data.rows=120", "data.eval_rows=16", "sft.max_steps=2", "reward.max_steps=2", "ppo.mini_batch_size=8",
          "ppo.micro_batch_size=2"]
 
 
-def replayed(root: Path, zero: int, *sets: str) -> list[dict]:
+def replayed(root: Path, zero: int, *sets: str, average_of: Path | None = None) -> list[dict]:
     """SFT and reward model of 20 steps each, then 20 PPO updates on one experience."""
-    return [job(root / f"zero{zero}", stage, f"zero.stage={zero}", *sets, replay=stage == "ppo", shard_bytes=SHARD)
-            for stage in CHAIN]
+    saved = str(average_of / "ppo" / "ema") if average_of else ""
+    return [job(root / f"zero{zero}", stage, f"zero.stage={zero}", *sets, replay=stage == "ppo", shard_bytes=SHARD,
+                saved_average=saved) for stage in CHAIN]
+
+
+def upon(root: Path, name: str, *sets: str) -> dict:
+    """PPO in root/name, upon the stages that stand in root."""
+    (root / name).mkdir(parents=True)
+    for stage in ("data", "sft", "reward"):
+        (root / name / stage).symlink_to(root / stage)
+    return job(root / name, "ppo", *sets)
 
 
 def seen(root: Path, zero: int) -> dict[str, list[float]]:
@@ -50,6 +62,7 @@ def average_is_right(root: Path, zero: int) -> None:
     found = json.loads((root / f"zero{zero}" / "ppo" / "replay.json").read_text())
     assert found["ema_error"] < 2e-6 and found["ema_distance"] > 1e-3 and found["dtypes"] == ["torch.float32"]
     assert found["ema_elements"] == found["elements"]  # no part twice, none missing
+    assert found["ema_moved"] < 1e-5  # that of another job: other ranks, another stage, the same losses
 
 
 def never_whole(stage: Path, loaded: bool = True) -> None:
@@ -68,14 +81,15 @@ def never_whole(stage: Path, loaded: bool = True) -> None:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    """ZeRO-0 on one rank: plain training, which all others are held against."""
+    """ZeRO-0 on one rank: plain training, which all others are held against; and PPO that saves as it goes."""
     root = tmp_path_factory.mktemp("alone")
-    launch(root, replayed(root, 0), 1)
+    launch(root, [*replayed(root, 0), upon(root / "zero0", "saving", *SAVING)], 1)
     return root
 
 
 def test_two_ranks_with_zero_2_and_3_give_the_losses_and_the_average_of_one_rank(alone, tmp_path):
-    launch(tmp_path, replayed(tmp_path, 2) + replayed(tmp_path, 3), 2)
+    average = {"average_of": alone / "zero0"}
+    launch(tmp_path, replayed(tmp_path, 2, **average) + replayed(tmp_path, 3, **average), 2)
     for zero in (2, 3):
         same(seen(alone, 0), seen(tmp_path, zero))
         average_is_right(tmp_path, zero)
@@ -84,10 +98,29 @@ def test_two_ranks_with_zero_2_and_3_give_the_losses_and_the_average_of_one_rank
         never_whole(tmp_path / "zero3" / stage, loaded=stage == "reward")
 
 
+def went_on(whole: Path, cut: Path) -> None:
+    """A run that went on from step 2 on other ranks did what the whole one does, to rounding."""
+    assert json.loads((cut / "result.json").read_text())["resumed_from"] == [2]
+    rows, others = (read_metrics(path / "metrics.jsonl") for path in (whole, cut))
+    assert rows[:2] == others[:2] and len(rows) == len(others) == 3
+    for name in NAMES:
+        assert rows[2][name] == pytest.approx(others[2][name], rel=1e-4, abs=1e-5), name
+    for name in ("model", "ema"):
+        one, other = (load_file(path / name / "model.safetensors") for path in (whole, cut))
+        assert all(torch.allclose(one[key], other[key], atol=1e-5) for key in one)
+
+
 @pytest.mark.slow
 def test_every_other_zero_stage_gives_them_too(alone, tmp_path):
-    launch(tmp_path / "one", [job for zero in (1, 2, 3) for job in replayed(tmp_path / "one", zero)], 1)
-    launch(tmp_path / "two", [job for zero in (0, 1) for job in replayed(tmp_path / "two", zero)], 2)
+    """And PPO that was saved on one rank goes on on two, its moving average too."""
+    cut, whole = upon(alone / "zero0", "cut", *SAVING), alone / "zero0" / "saving" / "ppo"
+    shutil.copytree(whole, cut["path"], ignore=shutil.ignore_patterns("model", "ema", "result.json"))
+    two, average = [one for zero in (0, 1) for one in replayed(tmp_path / "two", zero)], tmp_path / "two" / "zero1"
+    said = launch(tmp_path / "two", [*two, cut | {"resume": True}], 2)
+    assert "step-000002 is of 1 ranks, now 2" in said[0]
+    went_on(whole, Path(cut["path"]))
+    launch(tmp_path / "one", [one for zero in (1, 2, 3) for one in
+                              replayed(tmp_path / "one", zero, average_of=average)], 1)
     for place, zero in (("one", 1), ("one", 2), ("one", 3), ("two", 0), ("two", 1)):
         same(seen(alone, 0), seen(tmp_path / place, zero))
         average_is_right(tmp_path / place, zero)
@@ -124,7 +157,6 @@ def test_every_family_passes_all_three_stages_sharded(tmp_path):
 
 LORA = [*SHORT, "lora.rank=4", "ppo.lr_actor=4e-3", "ppo.lr_critic=4e-3", "ppo.grad_clip=1000", "ppo.ema_decay=0.9",
         "sft.lr=1e-2", "reward.lr=1e-2", "telemetry.csv=true"]
-NAMES = ("score_mean", "kl", "policy_loss", "value_loss", "entropy", "grad_norm_actor", "clip_fraction")
 
 
 @pytest.fixture(scope="module")
@@ -141,10 +173,7 @@ def adapted(tmp_path_factory) -> Path:
 
 
 def shared(root: Path, family: str, name: str, *sets: str) -> dict:
-    (root / family / name).mkdir(parents=True)
-    for stage in ("data", "sft", "reward"):
-        (root / family / name / stage).symlink_to(root / family / stage)
-    return job(root / family / name, "ppo", *sets, "lora.share_base=true")
+    return upon(root / family, name, *sets, "lora.share_base=true")
 
 
 def first_row(*place) -> dict:

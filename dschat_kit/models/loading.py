@@ -28,9 +28,8 @@ def load_config(source: str | Path):
     try:
         config = AutoConfig.from_pretrained(str(source))
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model.name: got {str(source)!r}, which cannot be loaded: {_first_line(error)}\n"
-                          "  expected: `scratch`, a model folder or the name of a model on a reachable Hub\n"
-                          "  change:   --set model.name=PATH (`dschat fetch-model smollm2-135m` makes one)") from error
+        raise _unusable(source, f"cannot be loaded: {_first_line(error)}", "`scratch`, a model folder or the name of a "
+                        "model on a reachable Hub (`dschat fetch-model smollm2-135m` makes a folder)") from error
     for name, value in list(vars(config).items()):
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
@@ -48,11 +47,20 @@ def load_pretrained(auto_class, source: str | Path, config, settings: Model,
             model, info = auto_class.from_pretrained(str(source), config=config, dtype=DTYPES[settings.dtype],
                                                      output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"model.name: {str(source)!r} cannot be used: {_first_line(error)}\n"
-                          f"  expected: {expected}\n  change:   --set model.name=PATH") from error
+        raise _unusable(source, f"cannot be used: {_first_line(error)}", expected) from error
+    return _checkpointing(model, settings), sorted(info["missing_keys"])
+
+
+def _unusable(source: str | Path, problem: str, expected: str) -> ConfigError:
+    """The error for a model that has a problem."""
+    return ConfigError(f"model.name: {str(source)!r} {problem}\n  expected: {expected}\n"
+                       "  change:   --set model.name=PATH")
+
+
+def _checkpointing(model: nn.Module, settings: Model) -> nn.Module:
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model, sorted(info["missing_keys"])
+    return model
 
 
 def load_causal_lm(source: str | Path, settings: Model, tokenizer, seed: int) -> nn.Module:
@@ -67,16 +75,14 @@ def load_causal_lm(source: str | Path, settings: Model, tokenizer, seed: int) ->
         config, expected = load_config(source), "the folder or Hub name of a causal language model"
         kinds = [name for name in getattr(config, "architectures", None) or [] if "For" in name]
         if kinds and not any(name.endswith(CAUSAL) for name in kinds):
-            raise ConfigError(f"model.name: {str(source)!r} is no causal language model but {', '.join(kinds)}\n"
-                              f"  expected: {expected}\n  change:   --set model.name=PATH")
+            raise _unusable(source, f"is no causal language model but {', '.join(kinds)}", expected)
         model, missing = load_pretrained(AutoModelForCausalLM, source, config, settings, expected)
         if missing:
-            raise ConfigError(f"model.name: {str(source)!r} is no causal language model: it has no weights for "
-                              f"{', '.join(missing[:3])}\n  expected: {expected}\n  change:   --set model.name=PATH")
+            raise _unusable(source, f"is no causal language model: it has no weights for {', '.join(missing[:3])}",
+                            expected)
     embeddings = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
-        raise ConfigError(f"model.name: {str(source)!r} has {embeddings} embeddings\n  expected: at least the "
-                          f"tokenizer's {len(tokenizer)}\n  change:   the tokenizer or the model")
+        raise _unusable(source, f"has {embeddings} embeddings", f"at least the tokenizer's {len(tokenizer)}")
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = model.config.pad_token_id = pad_id_of(tokenizer)
     return model
@@ -92,10 +98,7 @@ def _from_scratch(settings: Model, tokenizer, seed: int) -> nn.Module:
         pad_token_id=pad_id_of(tokenizer), eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[settings.dtype])
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
+        return _checkpointing(AutoModelForCausalLM.from_config(config, dtype=DTYPES[settings.dtype]), settings)
 
 
 def check_length(config, tokens: int) -> None:
