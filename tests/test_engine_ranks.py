@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -156,7 +157,8 @@ def test_every_family_passes_all_three_stages_sharded(tmp_path):
 # -- adapters
 
 LORA = [*SHORT, "lora.rank=4", "ppo.lr_actor=4e-3", "ppo.lr_critic=4e-3", "ppo.grad_clip=1000", "ppo.ema_decay=0.9",
-        "sft.lr=1e-2", "reward.lr=1e-2", "telemetry.csv=true"]
+        "sft.lr=1e-2", "reward.lr=1e-2", "telemetry.csv=true",
+        f"telemetry.tensorboard={'true' if find_spec('tensorboard') else 'false'}"]
 
 
 @pytest.fixture(scope="module")
@@ -266,3 +268,15 @@ def test_csv_files_hold_the_metrics_and_the_card_the_result(adapted):
         assert str(adapted) not in card
     assert "moving average" in (adapted / "llama" / "ppo" / "ema" / "README.md").read_text()
     assert {"memory_mb_generation", "memory_mb_scoring", "memory_mb_training"} <= set(first_row(adapted, "llama"))
+
+
+@pytest.mark.slow
+def test_tensorboard_reads_the_metrics(adapted):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator",
+                                 reason="the extra tensorboard is not installed")
+    for stage, name in (("sft", "loss"), ("ppo", "score_mean")):
+        place = adapted / "llama" / stage
+        found = events.EventAccumulator(str(place / "tensorboard")).Reload().Scalars(name)
+        rows = read_metrics(place / "metrics.jsonl")
+        assert [event.step for event in found] == [row["step"] for row in rows]
+        assert [event.value for event in found] == pytest.approx([row[name] for row in rows], rel=1e-6)

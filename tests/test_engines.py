@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import deepspeed
 import pytest
@@ -75,7 +76,8 @@ def test_the_log_says_which_adam(monkeypatch, capsys, gpu, config, kind, builds)
     for name in ("FusedAdam", "DeepSpeedCPUAdam"):
         other = build if name == kind else (lambda *_, **__: pytest.fail("the wrong Adam"))
         monkeypatch.setattr(deepspeed.ops.adam, name, other)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    accelerator = SimpleNamespace(device_name=lambda: "cuda" if gpu else "cpu")
+    monkeypatch.setattr(deepspeed, "get_accelerator", lambda: accelerator)
     weights = [{"params": [torch.nn.Parameter(torch.ones(2))]}]
     found, said = _adam(weights, {"zero_optimization": config}, lr=0.1, eps=1e-5, weight_decay=0.1), capsys.readouterr()
     assert (found in made) == (builds and kind is not None) and found.defaults["betas"] == (0.9, 0.95)
