@@ -24,13 +24,13 @@ __all__ = ["ANSWERS", "Case", "best_of_n_run", "cases", "make"]
 SIZES = {128: (), 64: ("model.hidden_size=64", "model.intermediate_size=192"),
          32: ("model.hidden_size=32", "model.intermediate_size=96", "model.layers=1")}
 """Reward models by width and how they differ from the policy, which is as the first one."""
-PAIRS = (256, 1024, 4096)
+PAIRS = (512, 2048, 8192)
 """Preferences that a reward model learns from, each read once."""
 SEEDS = (0, 1)
 PROMPTS, ANSWERS = 64, 256
 """Of best-of-n."""
 REWARD_BATCH = 16
-PPO = ("ppo.max_steps=40", "ppo.kl_coef=0", "ppo.eval_prompts=64", "telemetry.samples=0",
+PPO = ("ppo.max_steps=36", "ppo.kl_coef=0", "ppo.eval_prompts=64", "telemetry.samples=0",
        "telemetry.rollout_samples=128")
 """No KL penalty, as in the paper: the policy passes through every distance, and every rollout is a point."""
 

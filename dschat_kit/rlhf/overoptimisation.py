@@ -53,12 +53,14 @@ def distinct_kl(scores: np.ndarray, answers: Sequence[Sequence[str]], ns: Sequen
     return found
 
 
-def fit(method: str, d: np.ndarray, gain: np.ndarray) -> tuple[float, float]:
-    """(alpha, beta) of least squares for gold gains (K,) at distances (K,); linear in both. Points at d = 0 say
-    nothing."""
-    basis = np.stack([d, -d * SHAPES[method](d)], axis=1)
-    alpha, beta = np.linalg.lstsq(basis, gain, rcond=None)[0]
-    return float(alpha), float(beta)
+def fit(method: str, curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float, list[float]]:
+    """(alpha, beta, gold at d = 0 of each curve) of least squares for curves of (d, gold), each (K,), that share alpha
+    and beta. The start is fitted too: the mean of one batch of answers is too noisy to be subtracted."""
+    bases = [np.stack([d, -d * SHAPES[method](d)], axis=1) for d, _ in curves]
+    centred = [np.concatenate([part - part.mean(0) for part in parts]) for parts in (bases, [g for _, g in curves])]
+    weights = np.linalg.lstsq(*centred, rcond=None)[0]
+    starts = [float((gold - basis @ weights).mean()) for basis, (_, gold) in zip(bases, curves, strict=True)]
+    return float(weights[0]), float(weights[1]), starts
 
 
 def fitted(method: str, alpha: float, beta: float, d: np.ndarray) -> np.ndarray:
