@@ -14,12 +14,9 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from dschat_kit.config import ConfigError
-from dschat_kit.machine import resolve
-from dschat_kit.presets import get_preset
 from dschat_kit.runs import RunError, StageRun, open_run, read_json, write_json
 
-__all__ = ["ANSWERS", "Case", "best_of_n_run", "cases", "make"]
+__all__ = ["Case", "best_of_n", "cases", "make"]
 
 SIZES = {128: (), 64: ("model.hidden_size=64", "model.intermediate_size=192"),
          32: ("model.hidden_size=32", "model.intermediate_size=96", "model.layers=1")}
@@ -115,7 +112,7 @@ def best_of_n(folder: Path, policy: Path, prompts: int, answers: int, models: di
     if run.state == "finished" and read_json(run.path / "cases.json") == plan:
         return run
     if run.state == "finished":
-        raise RunError(f"{folder} holds other answers than those asked for\n  change: remove it, or choose another folder")
+        raise RunError(f"{folder} holds other answers than those asked for\n  change: remove it, or another folder")
     run.path.mkdir(exist_ok=True)
     write_json(run.path / "config.json", {**open_run(folder, "sft").config, "stage": "ppo"})
     write_json(run.path / "cases.json", plan)
