@@ -8,7 +8,6 @@ stage in a run folder of its own, so an interrupted study goes on where it was; 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
