@@ -31,7 +31,8 @@ READING_ORDER = (
     "train.best_of_n", "train.bench", "train.bench_ppo",
     "chat", "bench",
     "notebook.processes", "notebook.lines", "notebook.report", "notebook.launch", "notebook.stage", "notebook.progress",
-    "notebook.show", "notebook.tables", "notebook.plots", "notebook.monitor", "notebook.execute",
+    "notebook.show", "notebook.tables", "notebook.plots", "notebook.reward_plots", "notebook.monitor",
+    "notebook.execute",
     "notebook.diagnosis", "notebook.doctor",
     "verify", "overopt", "overopt_report", "cli",
 )

@@ -2,7 +2,7 @@
 from the SFT policy, for PPO and best-of-n under reward models of several sizes, taught by more or fewer pairs.
 
 The study of Gao et al. 2022 (2210.10760) on the toy world, whose true reward is known. Every training is an ordinary
-stage in a run folder of its own, so an interrupted study goes on where it was; `study.py` reads the folders.
+stage in a run folder of its own, so an interrupted study goes on where it was; `overopt_report.py` reads them.
 """
 
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dschat_kit.runs import RunError, StageRun, open_run, read_json, write_json
 
-__all__ = ["Case", "best_of_n", "cases", "make"]
+__all__ = ["Case", "cases", "make", "plan_best_of_n"]
 
 SIZES = {128: (), 64: ("model.hidden_size=64", "model.intermediate_size=192"),
          32: ("model.hidden_size=32", "model.intermediate_size=96", "model.layers=1")}
@@ -75,8 +75,11 @@ def make(root: Path) -> None:
         stage("ppo", case.folder(root), *PPO)
 
     def sampled(seed: int) -> None:
-        best_of_n(root / f"seed{seed}" / "best-of-n", sft(seed), PROMPTS, ANSWERS,
-                  {case.name: case.folder(root) for case in cases() if case.seed == seed})
+        run = plan_best_of_n(root / f"seed{seed}" / "best-of-n", sft(seed), PROMPTS, ANSWERS,
+                             {case.name: case.folder(root) for case in cases() if case.seed == seed})
+        if run.state != "finished":
+            _run(["launch", "--", "deepspeed", "--num_gpus", "1", "--module", "dschat_kit.train.best_of_n", "--run",
+                  str(run.path), "--resume"], run.root)
 
     with ThreadPoolExecutor(2) as pool:
         for work, items in ((data, [(seed,) for seed in SEEDS]), (base, product(SEEDS, SIZES)),
@@ -100,23 +103,21 @@ def stage(name: str, folder: Path, *settings: str) -> None:
           *(["--set", *settings] if settings else [])], folder)
 
 
-def best_of_n(folder: Path, policy: Path, prompts: int, answers: int, models: dict[str, Path]) -> StageRun:
-    """Sample `answers` to each of the held-out `prompts` with the SFT model of the run folder `policy` and score them
-    with the reward models of the run folders `models`; the folder that holds them, made anew only where another number
-    or other models are asked for."""
+def plan_best_of_n(folder: Path, policy: Path, prompts: int, answers: int, models: dict[str, Path]) -> StageRun:
+    """Prepare to sample `answers` to each of the held-out `prompts` with the SFT model of the run folder `policy`, and
+    to score them with the reward models of the run folders `models`. Returns the stage that holds them, finished where
+    they were sampled before. Raises RunError where others are there."""
     run = open_run(linked(folder, policy, "data", "sft"), "ppo")
     plan = {"prompts": prompts, "answers": answers,
             "models": {name: str((other / "reward" / "model").absolute()) for name, other in models.items()},
             "hashes": [open_run(other, "reward").config["config_hash"] for other in models.values()]}
-    if run.state == "finished" and read_json(run.path / "cases.json") == plan:
-        return run
-    if run.state == "finished":
+    cases, new = run.path / "cases.json", run.state == "missing"
+    if not new and read_json(cases) != plan:
         raise RunError(f"{folder} holds other answers than those asked for\n  change: remove it, or another folder")
-    run.path.mkdir(exist_ok=True)
-    write_json(run.path / "config.json", {**open_run(folder, "sft").config, "stage": "ppo"})
-    write_json(run.path / "cases.json", plan)
-    _run(["launch", "--", "deepspeed", "--num_gpus", "1", "--module", "dschat_kit.train.best_of_n", "--run",
-          str(run.path), "--resume"], folder)
+    if new:
+        run.path.mkdir(exist_ok=True)
+        write_json(run.path / "config.json", {**open_run(folder, "sft").config, "stage": "ppo"})
+        write_json(cases, plan)
     return run
 
 

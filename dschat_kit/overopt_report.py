@@ -10,17 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from dschat_kit.data.toy import PREFERENCE_SCALE
 from dschat_kit.metrics import read_metrics
-from dschat_kit.notebook.plots import BLUE, GREEN, GREY, ORANGE
-from dschat_kit.overopt import ANSWERS, PAIRS, PPO, PROMPTS, SIZES, cases
+from dschat_kit.notebook.reward_plots import FIGURES, METHODS, mean, squared
+from dschat_kit.overopt import ANSWERS, PPO, PROMPTS, SIZES, cases
 from dschat_kit.rlhf.overoptimisation import best_of_n, best_of_n_kl, distinct_kl, fit, fitted, turning_point
 from dschat_kit.runs import StageRun, open_run, write_json
 
-__all__ = ["NS", "Sampled", "best_of_n_curves", "coefficient_figure", "curve_figure", "report", "size_figure", "study",
-           "summarise"]
+__all__ = ["NS", "Sampled", "best_of_n_curves", "line", "report", "study", "summarise"]
 
 NS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Up to a quarter of the answers: KL is taken from their frequencies."""
@@ -147,135 +145,35 @@ def report(root: Path, results: Path, figures: Path) -> dict:
 
 def in_words(found: dict) -> str:
     """The table for a reader."""
-    first = found["curves"][0]
-    head = ("method", "reward model", "pairs", "accuracy", "alpha", "beta", "stop at KL (nats)", "gain there",
-            "gain at the last point", "promised there", "largest KL")
-    lines = ["# Reward over-optimisation", "", "Written by `dschat overopt`.", "",
-             f"The true (gold) reward of the toy world lies in [0, 1]. {len(first['points'])} seeds, each its own SFT "
-             f"model; best-of-n from {found['answers']} answers to {found['prompts']} held-out prompts a seed, n up to "
-             f"{found['ns'][-1]}; PPO with `{' '.join(found['ppo'][:2])}`. Gains are over the SFT model; `promised` is "
-             "what the reward model says, in units of the true reward. Intervals are 95 %, by bootstrap over seeds "
-             "and prompts (for PPO: answers). Answers repeat, so best-of-n is nearer to the SFT model than "
-             f"log n - (n - 1) / n: at n = {found['ns'][-1]} {_largest(found):.2f} nats at most, where that says "
-             f"{found['bound'][-1]:.2f}.", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for row in found["curves"]:
-        (low, high), last = row["turn_interval"], [points["promise"][-1] for points in row["points"]]
-        d = row["grid"][-1]
-        stop = f"{row['turn'] ** 2:.2f}" if row["turn"] is not None and row["turn"] < d else f"none up to {d * d:.1f}"
-        lines.append(
-            f"| {row['method']} | {row['width']} wide | {row['pairs']} | {mean(row['accuracy']):.3f} | "
-            + " | ".join(f"{row[name]:.3f} ({row[f'{name}_interval'][0]:.3f} to {row[f'{name}_interval'][1]:.3f})"
-                         for name in ("alpha", "beta"))
-            + f" | {stop} ({_squared(low)} to {_squared(high)}) | {row['gain_at_stop']:+.3f} | "
-            f"{row['gain_at_end']:+.3f} | {mean(last):+.3f} | {d * d:.2f} |")
-    return "\n".join([*lines, "", *(f"![{name}](../figures/{name}.png)" for name in FIGURES), ""])
+    rows = [line(row) for row in found["curves"]]
+    lines = ["# Reward over-optimisation", "", "Written by `dschat overopt --out docs`.", "",
+             f"The true (gold) reward of the toy world lies in [0, 1]. {len(found['curves'][0]['points'])} seeds, each "
+             f"with its own SFT model; best-of-n from {found['answers']} answers to {found['prompts']} held-out "
+             f"prompts a seed, n up to {found['ns'][-1]}; PPO with `{' '.join(found['ppo'][:2])}`. Gains are over the "
+             "SFT model; what the reward model promises is in units of the true reward. Intervals are 95 %, by "
+             "bootstrap over seeds and prompts (for PPO: answers). Answers repeat, so best-of-n is nearer to the SFT "
+             f"model than log n - (n - 1) / n: at n = {found['ns'][-1]} {_largest(found):.2f} nats at most, where that "
+             "says "
+             f"{found['bound'][-1]:.2f}.", "", "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|",
+             *("| " + " | ".join(row.values()) + " |" for row in rows), "",
+             *(f"![{name}](../figures/{name}.png)" for name in FIGURES)]
+    return "\n".join([*lines, ""])
+
+
+def line(row: dict) -> dict[str, str]:
+    """One curve for a reader: its coefficients and where it turns."""
+    d, (low, high) = row["grid"][-1], row["turn_interval"]
+    inside = row["turn"] is not None and row["turn"] < d
+    coefficients = {name: f"{row[name]:.3f} ({row[f'{name}_interval'][0]:.3f} to {row[f'{name}_interval'][1]:.3f})"
+                    for name in ("alpha", "beta")}
+    return {"method": METHODS[row["method"]][3], "reward model": f"{row['width']} wide", "pairs": str(row["pairs"]),
+            "accuracy": f"{mean(row['accuracy']):.3f}", **coefficients,
+            "stop at KL (nats)": f"{squared(row['turn']) if inside else f'not up to {d * d:.1f}'} "
+                                 f"({squared(low)} to {squared(high)})",
+            "gain there": f"{row['gain_at_stop']:+.3f}", "gain at the last point": f"{row['gain_at_end']:+.3f}",
+            "promised there": f"{mean([points['promise'][-1] for points in row['points']]):+.3f}"}
 
 
 def _largest(found: dict) -> float:
     return max(points["d"][-1] ** 2 for row in found["curves"] if row["method"] == "best-of-n"
                for points in row["points"])
-
-
-def mean(values: list[float]) -> float:
-    """Of a list."""
-    return sum(values) / len(values)
-
-
-def _squared(d: float | None) -> str:
-    return "never" if d is None or d > 30 else f"{d * d:.2f}"
-
-
-COLOURS = {"best-of-n": BLUE, "ppo": ORANGE}
-STYLES = (("-", "o", BLUE), ("--", "s", GREEN), (":", "^", ORANGE))
-
-
-def curve_figure(found: dict) -> Figure:
-    """Best-of-n and PPO under the reward models of the policy's size, one column for each amount of data: above what
-    the reward model promises, below what is true."""
-    figure, axes = _grid(2, len(PAIRS), (9, 5.2))
-    width = next(iter(SIZES))
-    for column, pairs in enumerate(PAIRS):
-        promised, true = axes[:, column]
-        rows = [row for row in found["curves"] if (row["width"], row["pairs"]) == (width, pairs)]
-        for row in rows:
-            colour, mark = COLOURS[row["method"]], "o" if row["method"] == "ppo" else "s"
-            for points in row["points"]:
-                promised.plot(points["d"], points["promise"], mark, color=colour, markersize=3, alpha=0.6, linewidth=0)
-                true.plot(points["d"], points["gold"], mark, color=colour, markersize=3, alpha=0.6, linewidth=0)
-            _draw(true, row, colour, "-" if row["method"] == "ppo" else "--", row["method"].replace("ppo", "PPO"))
-        promised.set_title(f"{pairs} pairs, accuracy {mean(rows[0]['accuracy']):.0%}", fontsize=10)
-        true.set_xlabel("d = sqrt(KL to the SFT model)")
-    axes[0, 0].set_ylabel("gain promised by\nthe reward model")
-    axes[1, 0].set_ylabel("gain in true reward")
-    axes[1, 0].legend(frameon=False, fontsize=9)
-    return _named(figure, "Promised and true reward against distance, for best-of-n and PPO: " + _stops(found, width))
-
-
-def size_figure(found: dict) -> Figure:
-    """Best-of-n under reward models of three sizes, taught by more or fewer pairs."""
-    figure, axes = _grid(1, len(SIZES), (9, 3.2))
-    for place, width in zip(axes[0], SIZES, strict=True):
-        rows = [row for row in found["curves"] if (row["width"], row["method"]) == (width, "best-of-n")]
-        for row, (style, mark, colour) in zip(rows, STYLES, strict=True):
-            for points in row["points"]:
-                place.plot(points["d"], points["gold"], mark, color=colour, markersize=3, alpha=0.6)
-            _draw(place, row, colour, style, f"{row['pairs']} pairs")
-        place.set_title(f"reward model {width} wide", fontsize=10)
-        place.set_xlabel("d = sqrt(KL)")
-    axes[0, 0].set_ylabel("gain in true reward")
-    axes[0, 0].legend(frameon=False, fontsize=9)
-    return _named(figure, "True reward of best-of-n by size of the reward model and number of pairs")
-
-
-def coefficient_figure(found: dict) -> Figure:
-    """The fitted coefficients against the number of pairs, with 95 % intervals."""
-    figure, axes = _grid(1, 2, (9, 3.2), same=False)
-    kinds = list(dict.fromkeys((row["method"], row["width"]) for row in found["curves"]))
-    for place, name in zip(axes[0], ("alpha", "beta"), strict=True):
-        for number, (method, width) in enumerate(kinds):
-            rows = [row for row in found["curves"] if (row["method"], row["width"]) == (method, width)]
-            middle = np.array([row[name] for row in rows])
-            spread = np.abs(np.array([row[f"{name}_interval"] for row in rows]).T - middle)
-            style, mark, colour = (*STYLES, ("-.", "D", GREY))[number if method == "best-of-n" else 3]
-            place.errorbar(np.array([row["pairs"] for row in rows]) * 1.06 ** number, middle, spread, color=colour,
-                           linestyle=style, marker=mark, markersize=4, capsize=3,
-                           label=f"{method.replace('ppo', 'PPO')}, {width} wide")
-        place.set_xscale("log", base=2)
-        place.set_xticks(PAIRS, PAIRS)
-        place.set_xlabel("pairs that the reward model learned from")
-        place.set_ylabel(f"{name}")
-    axes[0, 0].legend(frameon=False, fontsize=8)
-    return _named(figure, "Coefficients alpha and beta by number of pairs")
-
-
-FIGURES = {"overoptimisation": curve_figure, "overoptimisation-sizes": size_figure,
-           "overoptimisation-coefficients": coefficient_figure}
-
-
-def _grid(lines: int, columns: int, size: tuple[float, float], same: bool = True):
-    figure = Figure(figsize=size, facecolor="white", layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False, sharex=same, sharey="row" if same else False)
-    for one in axes.flat:
-        one.spines[["top", "right"]].set_visible(False)
-        one.grid(True, color="#E5E5E5", linewidth=0.8)
-        one.axhline(0, color="black", linewidth=0.8)
-        one.set_axisbelow(True)
-    return figure, axes
-
-
-def _draw(axes, row: dict, colour: str, style: str, label: str) -> None:
-    """The fitted curve with its band, and a line where it turns."""
-    axes.fill_between(row["grid"], *row["band"], color=colour, alpha=0.18, linewidth=0)
-    axes.plot(row["grid"], row["curve"], style, color=colour, linewidth=1.8, label=label)
-    if row["turn"] is not None and 0 < row["turn"] < row["grid"][-1]:
-        axes.axvline(row["turn"], color=colour, linestyle=":", linewidth=1.2)
-
-
-def _stops(found: dict, width: int) -> str:
-    return ", ".join(f"{row['method']} with {row['pairs']} pairs turns at KL {_squared(row['turn'])}"
-                     for row in found["curves"] if row["width"] == width)
-
-
-def _named(figure: Figure, text: str) -> Figure:
-    figure.set_label(text)
-    return figure

@@ -1,5 +1,6 @@
 """Sicknesses by name, as patches of the shipped functions, for runs that are made sick on purpose."""
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Callable
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from dschat_kit.engine.hybrid import HybridEngine
+from dschat_kit.engine.replica import Replica
 from dschat_kit.rlhf import rollout
 from dschat_kit.train import ppo, prompts, sft
 
@@ -19,6 +21,17 @@ def sampler(**other) -> Callable:
         patch.setattr(HybridEngine, "generate", lambda self, request, sampling: generate(
             self, request, dataclasses.replace(sampling, **other)))
     return make
+
+
+def stale(patch) -> None:
+    """The engine generates with the weights of the first rollout for ever."""
+    fill, kept = Replica.fill, []
+
+    def filled(self):
+        kept.extend([copy.deepcopy(fill(self))] if not kept else [])
+        return kept[0]
+
+    patch.setattr(Replica, "fill", filled)
 
 
 def dropout(patch) -> None:
@@ -68,5 +81,5 @@ def eos_masked(patch) -> None:
 
 
 SICKNESSES = {"filtered": sampler(top_k=2), "greedy": sampler(temperature=0.0), "hot": sampler(temperature=2.0),
-              "dropout": dropout, "early score": early_score, "long is good": long_is_good, "unwhitened": unwhitened,
-              "eos masked": eos_masked}
+              "stale": stale, "dropout": dropout, "early score": early_score, "long is good": long_is_good,
+              "unwhitened": unwhitened, "eos masked": eos_masked}
