@@ -58,10 +58,14 @@ def early_score(patch) -> None:
 
 
 def long_is_good(patch) -> None:
-    """The reward model likes nothing but length, more every time it is asked."""
-    calls = itertools.count(1)
-    patch.setattr(rollout, "response_scores", lambda reward, sequences, attention_mask:
-                  attention_mask.sum(1) * 0.1 * next(calls))
+    """The reward model likes nothing but length."""
+    patch.setattr(rollout, "response_scores", lambda reward, sequences, attention_mask: attention_mask.sum(1) * 0.3)
+
+
+def growing(patch) -> None:
+    """The reward model's scores double every time it is asked."""
+    calls, scores = itertools.count(), rollout.response_scores
+    patch.setattr(rollout, "response_scores", lambda *args: scores(*args) * 2 ** next(calls))
 
 
 def unwhitened(patch) -> None:
@@ -82,4 +86,4 @@ def eos_masked(patch) -> None:
 
 SICKNESSES = {"filtered": sampler(top_k=2), "greedy": sampler(temperature=0.0), "hot": sampler(temperature=2.0),
               "stale": stale, "dropout": dropout, "early score": early_score, "long is good": long_is_good,
-              "unwhitened": unwhitened, "eos masked": eos_masked}
+              "growing": growing, "unwhitened": unwhitened, "eos masked": eos_masked}

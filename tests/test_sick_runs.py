@@ -30,10 +30,15 @@ CASES = {  # name -> what is made sick in the code, and in the settings, and wha
     "dropout": (["dropout", "unwhitened"], [], {"first ratio", "first approx_kl", "advantages"}),
     "early score": (["early score"], ["ppo.grad_clip=0.0001", "ppo.lr_critic=0.3"],
                     {"reference scores", "gradients", "values"}),
-    "long is good": (["long is good"], ["ppo.max_steps=16", "ppo.lr_actor=0.02", "ppo.kl_coef=0", "ppo.ppo_epochs=4",
-                                        "ppo.score_clip=0"],
-                     {"EOS rate", "length", "entropy", "score scale", "clipping", "ends"}),
+    "long is good": (["long is good"], ["ppo.max_steps=12", "ppo.lr_actor=0.02", "ppo.kl_coef=0", "ppo.ppo_epochs=4",
+                                        "ppo.score_clip=0"], {"EOS rate", "length", "ends"}),
+    "growing": (["growing"], ["ppo.max_steps=6", "ppo.lr_actor=0.02", "ppo.kl_coef=0", "ppo.ppo_epochs=4",
+                              "ppo.score_clip=0"], {"score scale", "clipping"}),
+    "no leash": ([], ["ppo.max_steps=24", "ppo.lr_actor=0.01", "ppo.kl_coef=0", "ppo.ppo_epochs=4"], {"entropy"}),
 }
+
+LATE = {"scores", "advantages"}
+"""Fail where the policy has collapsed to one answer."""
 
 
 def write_rows(path) -> str:
@@ -75,7 +80,7 @@ def sick(found: dict, stage: str, *states: str) -> set[str]:
 def test_the_doctor_names_what_was_made_sick(found, case):
     wanted, said = CASES[case][2], sick(found[case], "ppo", "warn", "fail")
     assert wanted <= said, said
-    assert sick(found[case], "ppo", "fail") <= wanted
+    assert sick(found[case], "ppo", "fail") <= wanted | LATE
     if case == "healthy":
         assert not said & set().union(*(proven for _, _, proven in CASES.values()))
 

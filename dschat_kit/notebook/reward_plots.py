@@ -89,7 +89,7 @@ def size_figure(found: dict) -> Figure:
     figure, axes = _grid(1, len(widths), (9, 3.2))
     for place, width in zip(axes[0], widths, strict=True):
         rows = [row for row in found["curves"] if (row["width"], row["method"]) == (width, "best-of-n")]
-        for row, (style, mark, colour) in zip(rows, STYLES, strict=True):
+        for row, (style, mark, colour) in zip(rows, STYLES, strict=False):
             for points in row["points"]:
                 place.plot(points["d"], points["gold"], mark, color=colour, markersize=3, alpha=0.6)
             _draw(place, row, colour, style, f"{row['pairs']} pairs")
