@@ -15,23 +15,49 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from dschat_kit.engine.attention import ATTENTION, attend
+from dschat_kit.engine.tensor_parallel import TensorParallel
 from dschat_kit.models.lora import ACTOR, merged_weight
 
-__all__ = ["Replica"]
+
+class PackedLinear(nn.Linear):
+    """A linear layer that multiplies with a copy of its weight in the order in which oneDNN's bf16 kernels read it;
+    otherwise every call brings the weight into that order. 1.4 times as fast for 64 rows on AMX. No gradient."""
+
+    packed: Tensor | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input @ weight.T + bias."""
+        if self.packed is None:
+            return super().forward(input)
+        return torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, "none", [], "")
+
+    def pack(self) -> None:
+        """Has to be called whenever the weight has changed."""
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, 64)
+
+
+def _can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    mkldnn = torch.ops.mkldnn
+    return (dtype == torch.bfloat16 and device.type == "cpu" and torch.backends.mkldnn.is_available()
+            and hasattr(mkldnn, "_reorder_linear_weight") and hasattr(mkldnn, "_linear_pointwise"))
 
 
 class Replica:
     """`model` is ready between `fill` and `release`, in `dtype` on the device of the source.
 
-    Every rank has to call `fill` at ZeRO-3, where it needs the memory of the whole model.
+    Every rank has to call `fill` at ZeRO-3, where it needs the memory of the whole model; with `parallel`, of this
+    rank's part of it.
     """
 
-    def __init__(self, source: nn.Module, dtype: torch.dtype):
+    def __init__(self, source: nn.Module, dtype: torch.dtype, parallel: TensorParallel | None = None):
         AttentionInterface.register(ATTENTION, attend)
-        self.source, self.dtype = source, dtype
+        self.source, self.dtype, self.parallel = source, dtype, parallel
         config = copy.deepcopy(source.config)
         with torch.device("meta"):
             self.model = type(source)(config).eval().requires_grad_(False)
+        if parallel:
+            parallel.split(self.model)
+        config.pad_token_id = None  # some families look for it among the tokens of every step, to warn: a wait on a GPU
         self.model.generation_config = copy.deepcopy(source.generation_config)
         self._places: dict[str, list[str]] = {}  # name in the source -> names in the replica; tied weights have several
         first: dict[int, str] = {}
@@ -40,6 +66,11 @@ class Replica:
             own = name if name in parameters else re.sub(r"\.(weight|bias)$", r".base_layer.\1", name)
             self._places.setdefault(first.setdefault(id(parameters[own]), own), []).append(name)
         self._parameters = parameters
+        self._packed: list[PackedLinear] = []
+        if _can_pack(dtype, next(iter(parameters.values())).device):
+            self._packed = [module for module in self.model.modules() if type(module) is nn.Linear]
+            for module in self._packed:
+                module.__class__ = PackedLinear
 
     def fill(self) -> nn.Module:
         """Bring every weight up to date: shared where nothing is to be computed, copied elsewhere."""
@@ -53,10 +84,14 @@ class Replica:
             with deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext():
                 for name in names:
                     self._set(name, self._whole(name), lasting=not sharded)
+        for module in self._packed:
+            module.pack()
         return self.model
 
     def release(self) -> None:
         """Let go of every weight; sizes and layout stay."""
+        for module in self._packed:
+            module.packed = None
         for names in self._places.values():
             for name in names:
                 module, leaf = _inside(self.model, name)
@@ -82,7 +117,8 @@ class Replica:
         if adapter:
             layer = self.source.get_submodule(name.removesuffix(".base_layer.weight"))
             weight = merged_weight(layer, weight, *(self._parameters[part].detach() for part in adapter))
-        return weight.to(self.dtype)
+        weight = weight.to(self.dtype)
+        return self.parallel.part(self._places[name][0], weight) if self.parallel else weight
 
     def _set(self, name: str, weight: Tensor, lasting: bool) -> None:
         """`lasting`: the source's memory stays what it is, so that it can be shared."""
