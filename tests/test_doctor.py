@@ -165,7 +165,7 @@ def test_each_planted_fault_is_found(sound, stage, file, change, name, state):
 
 @pytest.mark.parametrize("name, late, state", [
     ("EOS rate", {"eos_rate": 0.6}, "warn"), ("length", {"response_length": 40.0}, "warn"),
-    ("length", {"response_length": 5.0}, "warn"), ("entropy", {"entropy": 0.1}, "warn"),
+    ("length", {"response_length": 5.0}, "warn"), ("entropy", {"entropy": 0.1, "surprisal": 0.1}, "warn"),
     ("values", {"explained_variance": -0.5}, "warn"), ("advantages", {"advantage_std": 0.0}, "fail"),
     ("gradients", {"grad_norm_actor": 7.0}, "warn"), ("score scale", {"score_std": 9.0}, "warn"),
 ])
