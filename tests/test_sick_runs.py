@@ -21,6 +21,7 @@ BASE = ("data.stage_split=1,1,1", "data.eval_rows=48", "sampling.max_new_tokens=
         "ppo.max_steps=3", "ppo.missing_eos_score=null", "ppo.eval_prompts=16", "ppo.lr_actor=0.0005",
         "ppo.lr_critic=0.01", "ppo.value_clip_range=10", "ppo.grad_clip=50", "ppo.ppo_epochs=2")
 NEVER = "rollout.reuse_logprobs=never"
+HARD = "ppo.lr_actor=0.02", "ppo.kl_coef=0", "ppo.ppo_epochs=4", "ppo.score_clip=0"
 CASES = {  # name -> what is made sick in the code, and in the settings, and what the doctor has to say about it
     "healthy": ([], ["ppo.max_steps=8"], set()),
     "filtered": (["filtered"], [], {"first ratio", "first approx_kl", "first KL"}),
@@ -30,11 +31,10 @@ CASES = {  # name -> what is made sick in the code, and in the settings, and wha
     "dropout": (["dropout", "unwhitened"], [], {"first ratio", "first approx_kl", "advantages"}),
     "early score": (["early score"], ["ppo.grad_clip=0.0001", "ppo.lr_critic=0.3"],
                     {"reference scores", "gradients", "values"}),
-    "long is good": (["long is good"], ["ppo.max_steps=12", "ppo.lr_actor=0.02", "ppo.kl_coef=0", "ppo.ppo_epochs=4",
-                                        "ppo.score_clip=0"], {"EOS rate", "length", "ends"}),
-    "growing": (["growing"], ["ppo.max_steps=6", "ppo.lr_actor=0.02", "ppo.kl_coef=0", "ppo.ppo_epochs=4",
-                              "ppo.score_clip=0"], {"score scale", "clipping"}),
-    "no leash": ([], ["ppo.max_steps=24", "ppo.lr_actor=0.01", "ppo.kl_coef=0", "ppo.ppo_epochs=4"], {"entropy"}),
+    "long is good": (["long is good"], [*HARD, "ppo.max_steps=12"], {"length", "entropy"}),
+    "growing": (["growing"], [*HARD, "ppo.max_steps=6"], {"score scale"}),
+    "no leash": ([], ["ppo.max_steps=24", "ppo.lr_actor=0.01", "ppo.kl_coef=0", "ppo.ppo_epochs=4"],
+                 {"EOS rate", "ends"}),
 }
 
 LATE = {"scores", "advantages"}
