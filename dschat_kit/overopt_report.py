@@ -147,8 +147,8 @@ def in_words(found: dict) -> str:
     """The table for a reader."""
     rows = [line(row) for row in found["curves"]]
     lines = ["# Reward over-optimisation", "", "Written by `dschat overopt --out docs`.", "",
-             f"The true (gold) reward of the toy world lies in [0, 1]. Seeds: {len(found['curves'][0]['points'])}, each "
-             f"with its own SFT model; best-of-n from {found['answers']} answers to {found['prompts']} held-out "
+             f"The true (gold) reward of the toy world lies in [0, 1]. Seeds: {len(found['curves'][0]['points'])}, "
+             f"each with its own SFT model; best-of-n from {found['answers']} answers to {found['prompts']} held-out "
              f"prompts a seed, n up to {found['ns'][-1]}; PPO with `{' '.join(found['ppo'][:2])}`. Gains are over the "
              "SFT model; what the reward model promises is in units of the true reward. Intervals are 95 %, by "
              "bootstrap over seeds and prompts (for PPO: answers). Answers repeat, so best-of-n is nearer to the SFT "

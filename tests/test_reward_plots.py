@@ -7,7 +7,8 @@ import pytest
 from fake_run import make_run
 
 from dschat_kit import overopt, overopt_report
-from dschat_kit.notebook import plots, reward_plots
+from dschat_kit.notebook import reward_plots
+from dschat_kit.notebook.tables import bundle
 from dschat_kit.runs import RunError, open_run, write_json
 
 
@@ -48,7 +49,7 @@ def test_the_turning_point_is_found_with_an_interval_around_it(found):
 @pytest.mark.parametrize("name", reward_plots.FIGURES)
 def test_figures_of_the_study(found, name):
     figure = reward_plots.FIGURES[name](json.loads(json.dumps(found)))
-    assert figure.get_label() and plots.png(figure).startswith(b"\x89PNG")
+    assert figure.get_label() and bundle(figure)[0]["image/png"].startswith(b"\x89PNG")
     assert all(axes.get_xlabel() or axes.get_title() for axes in figure.axes)
 
 
