@@ -12,6 +12,7 @@ Read the modules in READING_ORDER; every one imports only from those before it.
     chat       talk to the result
     notebook/  what a kernel uses: files only, no torch
     verify     PPO against the exact optimum
+    overopt    how far a reward model may be trusted
     cli        the command `dschat`
 """
 
@@ -21,17 +22,19 @@ READING_ORDER = (
     "data.tokenizer", "data.store", "data.pipeline", "data.datasets", "data.benchmark",
     "models.loading", "models.saving", "models.scalar_model", "models.lora", "models.fetch",
     "rlhf.experience", "rlhf.rewards", "rlhf.losses", "rlhf.logprobs", "rlhf.rollout", "rlhf.worlds",
+    "rlhf.overoptimisation",
     "engine.ds_config", "engine.engines", "engine.zero", "engine.ema", "engine.shared", "engine.rollout_types",
     "engine.sampling", "engine.attention", "engine.decode", "engine.graphs", "engine.tensor_parallel", "engine.parity",
     "engine.replica",
     "engine.hybrid", "engine.checkpoints",
-    "train.watch", "train.telemetry", "train.card", "train.session", "train.rank", "train.sft", "train.reward",
-    "train.prompts", "train.ppo_metrics", "train.ppo", "train.exact", "train.bench", "train.bench_ppo",
+    "train.watch", "train.telemetry", "train.card", "train.session", "train.rank", "train.sft",
+    "train.reward_report", "train.reward", "train.prompts", "train.ppo_metrics", "train.ppo", "train.exact",
+    "train.best_of_n", "train.bench", "train.bench_ppo",
     "chat", "bench",
     "notebook.processes", "notebook.report", "notebook.launch", "notebook.stage", "notebook.progress",
-    "notebook.tables", "notebook.plots", "notebook.monitor", "notebook.execute",
+    "notebook.tables", "notebook.plots", "notebook.reward_plots", "notebook.monitor", "notebook.execute",
     "notebook.diagnosis", "notebook.doctor",
-    "verify", "cli",
+    "verify", "overopt", "overopt_report", "cli",
 )
 
 

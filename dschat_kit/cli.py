@@ -79,6 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--export", type=Path, metavar="DIR", help="write the last run's policy, with world.json")
     verify.add_argument("--table", type=Path, metavar="DIR", help="every world, beta and seed instead, into verify.md")
     verify.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    overopt = command("overopt", _overopt, "PPO and best-of-n against the true reward: how far to trust a reward model")
+    overopt.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets results/ and figures/")
+    overopt.add_argument("--run-root", type=Path, default=checkout() / "runs" / "overopt", metavar="DIR",
+                         help="where it trains; what is there already is kept")
     launch = command("launch", None, "prefix of a visible command: logs it, ends every rank with its cell")
     launch.add_argument("rest", nargs="*", metavar="-- deepspeed ...")
     return parser
@@ -162,6 +166,14 @@ def _verify(args) -> int:
     print(json.dumps({**found, "failed": [text for texts in failed.values() for text in texts]}) if args.json else
           "\n".join(verify.line(row) for row in rows))
     return int(any(failed.values()))
+
+
+def _overopt(args) -> int:
+    from dschat_kit import overopt, overopt_report
+    overopt.make(args.run_root.absolute())
+    overopt_report.report(args.run_root, args.out / "results", args.out / "figures")
+    print(args.out / "results" / "overoptimisation.md")
+    return 0
 
 
 def _doctor(args) -> int:

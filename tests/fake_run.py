@@ -35,6 +35,10 @@ def make_run(root: Path, steps: int = 120, rollouts: int = 24) -> Path:
                  "overlaps": {}, "truncated": {}},
         "sft": {"eval_loss_before": 5.3, "eval_loss_after": 1.3, "eval_perplexity": 3.7, "steps": steps},
         "reward": {"accuracy": .83, "accuracy_interval": [.81, .85], "bayes_accuracy": .87, "steps": steps,
+                   "length_baseline_accuracy": .45, "calibration_error": .021,
+                   "by_margin": [{"predicted": x, "observed": x - .02, "interval": [x - .06, x + .02]}
+                                 for x in (.55, .7, .9)],
+                   "by_length_difference": [{"tokens": n, "accuracy": .8, "interval": [.75, .84]} for n in (-4, 0, 5)],
                    "score_histogram": {"edges": edges, **bell}},
         "ppo": {"score_before": -.5, "score_after": 1.9, "kl": .8,
                 "gold_before": .7, "gold_std_before": .6, "gold_after": 1.9,

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import deepspeed
+import pytest
 import torch
 import torch.distributed as dist
+from sickness import SICKNESSES
 
 from dschat_kit.engine.ema import Ema
 from dschat_kit.engine.zero import full_state_dict, whole_layers
@@ -122,10 +124,13 @@ def main(jobs: list[dict]) -> None:
         session = Counting(run, resume=job.get("resume", False), console=sys.stdout,
                            watch=Watch(lambda error: 1))
         torch.manual_seed(0)
-        if job.get("replay"):
-            replay(session, job.get("saved_average", ""))
-        else:
-            session.finish({"sft": sft, "reward": reward, "ppo": ppo}[run.stage].train(session))
+        with pytest.MonkeyPatch.context() as patch:
+            for name in job.get("sick", ()):
+                SICKNESSES[name](patch)
+            if job.get("replay"):
+                replay(session, job.get("saved_average", ""))
+            else:
+                session.finish({"sft": sft, "reward": reward, "ppo": ppo}[run.stage].train(session))
         dist.barrier()
 
 

@@ -94,8 +94,8 @@ def test_a_run_root_that_cannot_be_written(tmp_path):
 
 PPO_ROW = {"score_mean": 0.1, "score_std": 1.0, "kl": 0.0, "eos_rate": 0.99, "clip_fraction": 0.05,
            "first_ratio_max": 1.0, "first_approx_kl": 0.0, "ratio_max": 1.3, "approx_kl": 0.01, "sampler_gap": 1e-6,
-           "response_length": 20.0, "entropy": 1.5, "explained_variance": 0.4, "advantage_std": 1.0,
-           "grad_norm_actor": 0.6}
+           "response_length": 20.0, "entropy": 1.5, "surprisal": 1.45, "reference_gap": 1e-6,
+           "explained_variance": 0.4, "advantage_std": 1.0, "grad_norm_actor": 0.6}
 RESULTS = {"data": {"rows": {}}, "sft": {"eval_loss_before": 6.0, "eval_loss_after": 2.0},
            "reward": {"accuracy": 0.71, "accuracy_interval": [0.67, 0.75], "length_baseline_accuracy": 0.55},
            "ppo": {"score_before": 0.0, "score_after": 1.0}, "chat": {}}
@@ -148,6 +148,8 @@ def test_a_sound_run_gets_no_warning(sound):
     ("ppo", "metrics.jsonl", {"kl": -2.0}, "ppo KL", "fail"),
     ("ppo", "metrics.jsonl", {"sampler_gap": 0.4}, "ppo sampler", "fail"),
     ("ppo", "metrics.jsonl", {"score_mean": -4.0}, "ppo first scores", "warn"),
+    ("ppo", "metrics.jsonl", {"reference_gap": 0.1}, "ppo reference scores", "fail"),
+    ("ppo", "metrics.jsonl", {"surprisal": 0.8}, "ppo sampled tokens", "fail"),
     ("ppo", "metrics.jsonl", {"eos_rate": 0.1}, "ppo ends", "warn"),
     ("ppo", "metrics.jsonl", {"score_std": 0.0}, "ppo scores", "fail"),
     ("ppo", "metrics.jsonl", {"clip_fraction": 0.7}, "ppo clipping", "warn"),
@@ -163,7 +165,7 @@ def test_each_planted_fault_is_found(sound, stage, file, change, name, state):
 
 @pytest.mark.parametrize("name, late, state", [
     ("EOS rate", {"eos_rate": 0.6}, "warn"), ("length", {"response_length": 40.0}, "warn"),
-    ("length", {"response_length": 5.0}, "warn"), ("entropy", {"entropy": 0.1}, "warn"),
+    ("length", {"response_length": 5.0}, "warn"), ("entropy", {"entropy": 0.1, "surprisal": 0.1}, "warn"),
     ("values", {"explained_variance": -0.5}, "warn"), ("advantages", {"advantage_std": 0.0}, "fail"),
     ("gradients", {"grad_norm_actor": 7.0}, "warn"), ("score scale", {"score_std": 9.0}, "warn"),
 ])

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dschat_kit.notebook.execute import CHAIN
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SMOKE = ["data.rows=3000", "sft.max_steps=12", "sft.eval_every=6", "sft.eval_rows=32", "reward.max_steps=8",
@@ -20,7 +22,8 @@ def cells(path: Path, kind: str) -> list[dict]:
 
 
 def test_the_sequence_is_there():
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["00", "01", "02", "03", "04", "05"]
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["00", "01", "02", "03", "04", "05", "07"]
+    assert [path.stem for path in NOTEBOOKS[:6]] == list(CHAIN)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -49,7 +52,8 @@ def test_papermill_understands_every_parameter(path):
     from papermill.inspection import _infer_parameters
     from papermill.iorw import load_notebook_node
     found = _infer_parameters(load_notebook_node(str(path)), name="python3", language="python")
-    assert {p.name for p in found} == {"preset", "run_root", "set_", "launch", "num_gpus", "resume", "fresh"}
+    assert {p.name for p in found} == ({"preset", "run_root", "set_", "launch", "num_gpus", "resume", "fresh"}
+                                       if path.stem in CHAIN else {"run_root", "prompts", "answers"})
     assert all(p.help for p in found)
 
 
@@ -74,7 +78,7 @@ def chain(tmp_path_factory):
 @pytest.mark.ranks
 def test_the_first_command_ends_with_a_table(chain):
     root, done = chain
-    for stem in (path.stem for path in NOTEBOOKS):
+    for stem in CHAIN:
         assert stem in done.stdout
     assert "jupyter" in done.stdout and str(root / "notebooks") in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
@@ -97,6 +101,16 @@ def test_executed_notebooks_hold_figures_and_no_errors(chain):
         assert path.stat().st_size < 2_000_000
     least = {"01": 2, "02": 1, "03": 2, "04": 3, "05": 1}
     assert all(figures[number] >= wanted for number, wanted in least.items()), figures
+
+
+@pytest.mark.ranks
+def test_best_of_n_of_a_run_that_is_there(chain, tmp_path):
+    """Notebook 07, which is no part of the chain: it samples from this run and draws the committed study."""
+    path, = (path for path in NOTEBOOKS if path.stem not in CHAIN)
+    done = command(sys.executable, "-m", "papermill", str(path), str(tmp_path / "out.ipynb"), "-p", "run_root",
+                   str(chain[0]), "-p", "prompts", "4", "-p", "answers", "16", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out.ipynb").read_text().count('"image/png": "') == 4
 
 
 @pytest.mark.ranks

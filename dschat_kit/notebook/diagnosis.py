@@ -73,13 +73,22 @@ RULES = {
         ("sampler", "fail", lambda n: n["first"]["sampler_gap"] > max(10 * n["slack"], 0.01),
          "a sampled token's log-probability is {first[sampler_gap]:.2g} off when it is computed again",
          "sampling was greedy, filtered or at another temperature than sampling.temperature, or dropout is on"),
+        ("sampled tokens", "fail",
+         lambda n: abs(n["last"]["surprisal"] - n["last"]["entropy"]) > 0.05 + 0.3 * n["last"]["entropy"],
+         "sampled tokens have {last[surprisal]:.3f} nats, where the policy's entropy says {last[entropy]:.3f}",
+         "sampling was greedy, filtered or at another temperature than sampling.temperature"),
+        ("reference scores", "fail", lambda n: n["first"]["reference_gap"] > 4 * n["slack"],
+         "rows that the reward stage scored get other scores in PPO, {first[reference_gap]:.3f} away",
+         "the score is read at another token than the last real one: check padding side, EOS = pad and the mask"),
         ("first scores", "warn", lambda n: abs(n["first"]["score_mean"]) > 3 * n["first"]["score_std"],
          "mean score {first[score_mean]:.2f} of the SFT model's answers, where the reward model's answers have 0",
-         "the score may be read at another token than the last real one (padding side, EOS = pad): compare the "
-         "samples with the reward model's own scores"),
+         "if 'reference scores' is silent, the SFT model says other things than it was taught: look at samples"),
         ("KL", "fail", lambda n: n["last"]["kl"] < -0.5, "KL {last[kl]:.2f}, clearly negative",
          "the samples do not come from the policy that is measured: sampling has to be temperature alone (top_p 1, "
          "top_k 0), and the mask has to end after EOS"),
+        ("pad = EOS", "fail", lambda n: n["pad_is_eos"] and n["first"]["eos_rate"] < 0.1,
+         "{first[eos_rate]:.0%} of the SFT model's responses end, and its tokenizer pads with EOS",
+         "EOS was masked as if it were padding: a tokenizer with a pad token of its own, and sft anew with --fresh"),
         ("ends", "warn", lambda n: n["last"]["eos_rate"] < 0.5,
          "only {last[eos_rate]:.0%} of the responses end by themselves",
          "a larger sampling.max_new_tokens; or an SFT stage whose rows end in EOS; or ppo.missing_eos_score below the "
@@ -116,8 +125,8 @@ RULES = {
 }
 """Stage -> faults in its numbers: (name, state, recognised by, found, cure). The numbers are those of result.json,
 `first`, `last` and `least` of the metrics (the first step; means and minima over the last quarter, which speaks for
-how things stand now), `pipeline` and `slack`, what rounding may do to a ratio. A rule whose numbers are missing is
-passed over."""
+how things stand now), `pipeline`, `pad_is_eos` and `slack`, what rounding may do to a ratio. A rule whose numbers are
+missing is passed over."""
 
 
 def run_checks(run_root: Path) -> list[Check]:
@@ -173,6 +182,13 @@ def _missing_numbers(stage: str, rows: list[dict]) -> Iterator[Check]:
                     "two jobs wrote into one folder: make the stage anew with --fresh")
 
 
+def _pads_with_eos(model: Path) -> bool:
+    """Whether a model folder's tokenizer has no pad token but EOS."""
+    path = model / "tokenizer_config.json"
+    said = read_json(path) if path.exists() else {"pad_token": "unknown"}
+    return said.get("pad_token") in (None, said.get("eos_token"))
+
+
 def _rollout(run: StageRun) -> Iterator[Check]:
     """How PPO generated, and what the comparison with plain transformers said."""
     said = read_json(run.path / "result.json").get("rollout") if (run.path / "result.json").exists() else None
@@ -192,6 +208,7 @@ def _wrong_numbers(run: StageRun, rows: list[dict]) -> Iterator[Check]:
                 numbers["last"][name], numbers["least"][name] = math.fsum(values) / len(values), min(values)
         numbers["first"] = rows[0] if rows[0].get("step") == 1 else {}
         numbers["pipeline"] = run.config["pipeline"]
+        numbers["pad_is_eos"] = run.stage == "ppo" and _pads_with_eos(open_run(run.root, "sft").model_dir)
         numbers["slack"] = 1e-3 if numbers["pipeline"]["model"]["dtype"] == "fp32" else 5e-2
     for name, state, wrong, found, cure in RULES.get(run.stage, ()):
         with suppress(KeyError, TypeError, ZeroDivisionError):  # a number that is missing, null or 0

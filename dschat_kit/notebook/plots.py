@@ -218,8 +218,7 @@ def _empty(figure: Figure, *axes) -> Figure:
 
 
 def _label(axes, x: str, y: str) -> None:
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    axes.set(xlabel=x, ylabel=y)
 
 
 def _stacked(bar, places: list, series: dict[str, list[float]], hatched: bool = True) -> list:

@@ -33,7 +33,7 @@ from dschat_kit.rlhf.rewards import next_kl_coef
 from dschat_kit.rlhf.rollout import Roles, Scored, make_experience, score_responses
 from dschat_kit.runs import open_run
 from dschat_kit.train.ppo_metrics import Clock, add_metrics, rollout_metrics, summary, work_of
-from dschat_kit.train.prompts import PromptFeed, TextFeed, evaluate, reused, sample_lines, sampling_of
+from dschat_kit.train.prompts import PromptFeed, TextFeed, evaluate, reference_gap, reused, sample_lines, sampling_of
 from dschat_kit.train.rank import main
 from dschat_kit.train.session import Session
 
@@ -61,7 +61,8 @@ def train(session: Session) -> dict:
     state = session.begin(settings.max_steps, {role: engine for role, engine in kept.items() if engine is not None})
     if state is None:
         before = evaluate(session, hybrid, roles, held_out, sampling, tokenizer, "before")
-        state = {"before": before, "kl_coef": settings.kl_coef, "tokens": 0,
+        state = {"before": before, "probe": reference_gap(session, roles.reward, TokenRows(data, "sft"), pad_id),
+                 "kl_coef": settings.kl_coef, "tokens": 0,
                  "seconds": dict.fromkeys(("generation", "scoring", "training", "other"), 0.0)}
 
     for step in range(session.first_step, settings.max_steps):
@@ -73,7 +74,7 @@ def train(session: Session) -> dict:
         session.samples(sample_lines(prompts, batch, scored, tokenizer, "rollout", step + 1,
                                      limit=pipeline.telemetry.rollout_samples))
         clock.lap("other")
-        row |= {"kl_coef": settings.kl_coef, **learning_rates(settings, step)}
+        row |= {"kl_coef": settings.kl_coef, **learning_rates(settings, step), **state["probe"]}
         row |= clock.row(session, row["tokens"]) | {"matmul_share": session.matmul_share(
             work_of(roles, batch, settings.ppo_epochs, pipeline.lora.rank > 0), clock.total)}
         session.log(step + 1, row, show=("score_mean", "kl", "response_length", "clip_fraction"))

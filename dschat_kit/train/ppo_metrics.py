@@ -61,7 +61,8 @@ def rollout_metrics(session, experience: Experience, scored: Scored, batch: KitB
                            masked_moments(batch.finished, every),
                            masked_moments(scored.entropy, mask), masked_moments(experience.returns, mask),
                            masked_moments(experience.returns - experience.values, mask),
-                           masked_moments(kl["k2"], every), masked_moments(experience.advantages, mask)])
+                           masked_moments(kl["k2"], every), masked_moments(experience.advantages, mask),
+                           masked_moments(-scored.logprobs, mask)])
     count, total, squares = session.sum_tensor(moments).unbind(1)
     mean, variance = (total / count).tolist(), (squares / count - (total / count).square()).clamp(min=0).tolist()
     apart = ((scored.logprobs - batch.logprobs) * mask).abs().max()
@@ -69,7 +70,7 @@ def rollout_metrics(session, experience: Experience, scored: Scored, batch: KitB
                                                      float(apart))
     row = {"score_mean": mean[0], "score_std": variance[0] ** 0.5, "score_min": -negated_lowest, "score_max": highest,
            "kl": mean[1], "kl_k2": mean[8], "kl_k3": mean[2], "response_length": mean[3], "eos_rate": mean[4],
-           "entropy": mean[5], "advantage_std": variance[9] ** 0.5, "tokens": float(total[3])}
+           "entropy": mean[5], "surprisal": mean[10], "advantage_std": variance[9] ** 0.5, "tokens": float(total[3])}
     if reused(session.pipeline, batch) is None:
         row["sampler_gap"] = apart  # else nobody has computed them a second time
     if "value_loss" in updates[0]:

@@ -19,10 +19,12 @@ from dschat_kit.data.datasets import (
 from dschat_kit.data.sources import gold_of
 from dschat_kit.data.splits import epoch_order
 from dschat_kit.engine.rollout_types import KitBatch, KitRequest, KitSampling
+from dschat_kit.models.scalar_model import response_scores
 from dschat_kit.rlhf.rewards import kl_estimates
 from dschat_kit.rlhf.rollout import Roles, Scored, score_responses
+from dschat_kit.runs import open_run
 
-__all__ = ["Prompts", "PromptFeed", "TextFeed", "evaluate", "reused", "sample_lines", "sampling_of"]
+__all__ = ["Prompts", "PromptFeed", "TextFeed", "evaluate", "reference_gap", "reused", "sample_lines", "sampling_of"]
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,18 @@ def sample_lines(prompts: Prompts, batch: KitBatch, scored: Scored, tokenizer, p
             line["gold_parts"] = gold.gold_parts(line["prompt"], text, line["finished"])
         lines.append(line)
     return lines
+
+
+@torch.no_grad()
+def reference_gap(session, reward, rows: TokenRows, pad_id: int) -> dict[str, float]:
+    """Mean distance between the scores that the reward stage kept of its first reference rows and those that PPO reads:
+    0 but for rounding. Nothing where it kept none."""
+    kept = torch.tensor(open_run(session.root, "reward").result.get("reference_scores", []))
+    if not len(kept):
+        return {}
+    batch = sft_batch(rows.take(range(len(kept))), pad_id).to(session.device)
+    scores = response_scores(reward, batch.sequences, batch.attention_mask).cpu()
+    return {"reference_gap": float((scores - kept).abs().mean())}
 
 
 def evaluate(session, hybrid, roles: Roles, held_out: PromptFeed, sampling: KitSampling, tokenizer, phase: str) -> dict:

@@ -6,7 +6,6 @@ Steps: 1. rows and model  2. optimiser steps on -log sigmoid(s_chosen - s_reject
 3. accuracy on held-out pairs beside "the longer answer wins"  4. shift to mean 0 on reference responses  5. export.
 """
 
-import math
 import time
 from functools import partial
 
@@ -14,7 +13,6 @@ import numpy as np
 import torch
 
 from dschat_kit.data.datasets import StepSampler, TokenRows, by_length, chunks, preference_batch, rank_share, sft_batch
-from dschat_kit.data.sources import gold_of
 from dschat_kit.data.tokenizer import require_same_tokenizer
 from dschat_kit.engine.engines import build_engine, grad_norm, learning_rate, set_learning_rate
 from dschat_kit.engine.zero import gathered, sharded_loading
@@ -23,8 +21,13 @@ from dschat_kit.models.scalar_model import last_token, load_scalar_model
 from dschat_kit.rlhf.losses import preference_loss
 from dschat_kit.runs import open_run
 from dschat_kit.train.rank import main
+from dschat_kit.train.reward_report import accuracy_of, report
 from dschat_kit.train.session import Session
 from dschat_kit.train.telemetry import peak_memory_mb
+
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+PROBES = 16
+"""Reference rows whose scores result.json keeps; PPO compares its own with them."""
 
 
 def train(session: Session) -> dict:
@@ -74,8 +77,10 @@ def train(session: Session) -> dict:
     model.normalise(float(reference.mean()), float(1 / max(reference.std(), 1e-6)) if settings.scale else 1.0)
     scores = pair_scores(session, engine, held_out, pad_id, limit=len(held_out))
     session.export(model.classifier, tokenizer)
-    return {**report(scores, held_out), "reference_mean": float(reference.mean()),
-            "reference_std": float(reference.std()),
+    return {**report(scores, held_out, model.scale),
+            "reference_mean": float(reference.mean()), "reference_std": float(reference.std()),
+            "reference_quantiles": {f"{q:.0%}": float(np.quantile(reference, q)) for q in QUANTILES},
+            "reference_scores": ((reference[:PROBES] - reference.mean()) * model.scale).tolist(),
             "steps": steps, "seconds": time.time() - session.started}
 
 
@@ -107,35 +112,6 @@ def pair_scores(session: Session, engine, rows: TokenRows, pad_id: int, limit: i
 def reference_scores(session: Session, engine, rows: TokenRows, pad_id: int, limit: int = 512) -> np.ndarray:
     """(N,) scores of chosen responses of SFT rows: what the SFT policy was taught to say."""
     return _scores(session, engine, rows, limit, lambda some: sft_batch(some, pad_id))[:, 0]
-
-
-def accuracy_of(margins: np.ndarray) -> float:
-    """Share of pairs whose chosen side is higher; ties count half."""
-    return float(np.mean((margins > 0) + 0.5 * (margins == 0)))
-
-
-def report(scores: np.ndarray, rows: TokenRows) -> dict:
-    """Accuracy with its 95 % Wilson interval, the length baseline, histograms; on the toy world bayes_accuracy
-    and the correlation of the true reward with length."""
-    margins, table = scores[:, 0] - scores[:, 1], rows.take(range(len(scores)))
-    lengths = np.array([len(r["chosen_ids"]) - len(r["rejected_ids"]) for r in table])
-    edges = np.histogram_bin_edges(scores, bins=30)
-    p, n, z = accuracy_of(margins), len(margins), 1.959964
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    found = {"accuracy": p, "accuracy_interval": [middle - half, middle + half],
-             "length_baseline_accuracy": accuracy_of(lengths),
-             "margin": float(margins.mean()), "pairs": n,
-             "score_histogram": {"edges": edges.tolist(), "chosen": np.histogram(scores[:, 0], edges)[0].tolist(),
-                                 "rejected": np.histogram(scores[:, 1], edges)[0].tolist()}}
-    gold = gold_of(table[0]["source"])
-    if gold is not None and len({r["source"] for r in table}) == 1:
-        sides = ("chosen", "rejected")
-        true = np.array([[gold.gold_reward(r["prompt"], r[side]) for side in sides] for r in table])
-        tokens = np.array([[len(r[f"{side}_ids"]) for side in sides] for r in table])
-        found["bayes_accuracy"] = gold.bayes_accuracy(true[:, 0] - true[:, 1])
-        found["gold_length_correlation"] = float(np.corrcoef(true.ravel(), tokens.ravel())[0, 1])
-    return found
 
 
 if __name__ == "__main__":
