@@ -12,6 +12,7 @@ Read the modules in READING_ORDER; every one imports only from those before it.
     chat       talk to the result
     notebook/  what a kernel uses: files only, no torch
     verify     PPO against the exact optimum
+    study      stage 3 over many seeds
     cli        the command `dschat`
 """
 
@@ -25,12 +26,13 @@ READING_ORDER = (
     "engine.sampling", "engine.attention", "engine.decode", "engine.parity", "engine.replica", "engine.hybrid",
     "engine.checkpoints",
     "train.watch", "train.telemetry", "train.card", "train.session", "train.rank", "train.sft", "train.reward",
-    "train.prompts", "train.ppo_metrics", "train.ppo", "train.exact", "train.bench", "train.bench_ppo",
+    "train.prompts", "train.ppo_metrics", "train.ppo", "train.dpo", "train.exact", "train.judge", "train.bench",
+    "train.bench_ppo",
     "chat", "bench",
     "notebook.processes", "notebook.lines", "notebook.report", "notebook.launch", "notebook.stage", "notebook.progress",
     "notebook.show", "notebook.tables", "notebook.plots", "notebook.monitor", "notebook.execute",
     "notebook.diagnosis", "notebook.doctor",
-    "verify", "cli",
+    "verify", "study", "cli",
 )
 
 

@@ -41,15 +41,16 @@ def _parser() -> argparse.ArgumentParser:
     run = command("run", _run, "the whole chain: notebooks 00-05, headless through papermill")
     run.add_argument("--from", dest="from_stage", metavar="STAGE", help="begin with this stage's notebook")
     for name, text in (("data", "build the rows of all stages"), ("sft", "stage 1: supervised fine-tuning"),
-                       ("reward", "stage 2: the reward model"), ("ppo", "stage 3: PPO")):
+                       ("reward", "stage 2: the reward model"), ("ppo", "stage 3: PPO"),
+                       ("dpo", "stage 3 without sampling: direct preference optimisation")):
         command(name, _stage, text).add_argument(
             "--launcher", default="", metavar="WORDS", help="starts the ranks instead of `deepspeed --num_gpus "
             "N`, as in 'deepspeed --hostfile env/hostfile'; --num-gpus then counts the ranks of all machines")
-    for name in ("run", "data", "sft", "reward", "ppo"):
+    for name in ("run", "data", "sft", "reward", "dpo", "ppo"):
         _configuration_options(commands.choices[name])
     chat = command("chat", _chat, "talk to the model of a run")
     chat.add_argument("--run-root", type=Path, default=checkout() / "runs" / "tiny", metavar="DIR")
-    chat.add_argument("--stage", choices=("sft", "ppo"), help="whose model (default: the last one trained)")
+    chat.add_argument("--stage", choices=("sft", "dpo", "ppo"), help="whose model (default: the last one trained)")
     chat.add_argument("--ask", action="append", metavar="TEXT", help="ask this and leave; may be repeated")
     watch = command("watch", _watch, "follow a run in the terminal")
     watch.add_argument("path", type=Path, metavar="RUN", help="a run folder, or one stage's folder in it")
@@ -80,6 +81,14 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--export", type=Path, metavar="DIR", help="write the last run's policy, with world.json")
     verify.add_argument("--table", type=Path, metavar="DIR", help="every world, beta and seed instead, into verify.md")
     verify.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    study = command("study", _study, "stage 3 over many seeds, its variants beside it, into ppo.md")
+    study.add_argument("--run-root", type=Path, default=checkout() / "runs" / "study", metavar="DIR",
+                       help="its runs; those that are finished are not run again")
+    study.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets ppo.md, ppo.json and ppo.png")
+    study.add_argument("--seeds", type=int, default=20, metavar="N",
+                       help="of PPO (default 20), of the others 5 at most")
+    study.add_argument("--set", dest="overrides", nargs="+", default=[], metavar="SECTION.FIELD=VALUE",
+                       help="for all runs")
     launch = command("launch", None, "prefix of a visible command: logs it, ends every rank with its cell")
     launch.add_argument("rest", nargs="*", metavar="-- deepspeed ...")
     return parser
@@ -170,6 +179,13 @@ def _verify(args) -> int:
     print(json.dumps({**found, "failed": [text for texts in failed.values() for text in texts]}) if args.json else
           "\n".join(verify.line(row) for row in rows))
     return int(any(failed.values()))
+
+
+def _study(args) -> int:
+    from dschat_kit.study import failed, run_study
+    rows = run_study(args.run_root, args.out, args.seeds, sets=args.overrides)
+    print(f"{sum(map(failed, rows))} of {len(rows)} failed; see {args.out / 'ppo.md'}")
+    return 0
 
 
 def _doctor(args) -> int:

@@ -16,13 +16,10 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from dschat_kit.config import STAGES, ConfigError, Pipeline
+from dschat_kit.config import REQUIRES, STAGES, ConfigError, Pipeline
 
 __all__ = ["RunError", "StageRun", "open_run", "prepare_stage", "read_json", "write_json"]
 
-REQUIRES = {"data": (), "sft": ("data",), "reward": ("data", "sft"), "ppo": ("data", "sft", "reward"),
-            "chat": ("sft", "ppo")}
-"""Stages whose results a stage reads; data is built on the way where it is missing."""
 DATA_FILES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt")
 
 

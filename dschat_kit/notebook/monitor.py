@@ -14,7 +14,8 @@ from dschat_kit.notebook.progress import ENDED, Follow, Line, Snapshot, bar
 from dschat_kit.runs import RunError
 
 STYLES = {"finished": "success", "failed": "danger", "interrupted": "warning"}
-FIGURES = {"sft": plots.sft_loss, "reward": plots.reward_training, "ppo": plots.ppo_curves}
+FIGURES = {"sft": plots.sft_loss, "reward": plots.reward_training, "dpo": plots.reward_training,
+           "ppo": plots.ppo_curves}
 
 
 class Watch:

@@ -33,7 +33,7 @@ from dschat_kit.rlhf.rewards import next_kl_coef
 from dschat_kit.rlhf.rollout import Roles, Scored, make_experience, score_responses
 from dschat_kit.runs import open_run
 from dschat_kit.train.ppo_metrics import Clock, add_metrics, rollout_metrics, summary, work_of
-from dschat_kit.train.prompts import PromptFeed, TextFeed, evaluate, reused, sample_lines, sampling_of
+from dschat_kit.train.prompts import PromptFeed, TextFeed, evaluate, reused, sample_lines, sampling_of, text_rows
 from dschat_kit.train.rank import main
 from dschat_kit.train.session import Session
 
@@ -44,14 +44,15 @@ def train(session: Session) -> dict:
     data, tokenizer, pad_id = session.prepare_data()
     sampling = sampling_of(pipeline, tokenizer, pad_id)
     roles = build_roles(session, tokenizer)
+    seed = pipeline.seed + settings.seed
     hybrid = HybridEngine(roles.actor, micro_batch_size=pipeline.rollout.micro_batch_size,
                           release_inference_cache=pipeline.rollout.release_inference_cache,
                           max_out_tokens=pipeline.rollout.max_out_tokens)
     session.follow(hybrid.replica.model)
-    held_out = PromptFeed(TokenRows(data, "eval"), settings.eval_prompts, pipeline.seed, pad_id, session, unique=True)
-    feed = PromptFeed(TokenRows(data, "ppo"), settings.rollout_batch_size, pipeline.seed, pad_id, session,
+    held_out = PromptFeed(TokenRows(data, "eval"), settings.eval_prompts, seed, pad_id, session, unique=True)
+    feed = PromptFeed(TokenRows(data, "ppo"), settings.rollout_batch_size, seed, pad_id, session,
                       samples=settings.samples_per_prompt)
-    texts = TextFeed(TokenRows(data, "sft"), settings, pipeline.seed, pad_id, session) if settings.ptx_coef else None
+    texts = TextFeed(text_rows(data), settings, seed, pad_id, session) if settings.ptx_coef else None
     ema = Ema(roles.actor, settings.ema_decay) if settings.ema_decay else None
     kept = {"actor": roles.actor, "critic": roles.critic, "ema": ema}
     if pipeline.lora.share_base:
@@ -164,9 +165,9 @@ def minibatches(session: Session, experience: Experience, step: int, epoch: int)
     Row g of the global batch is on rank g % world_size. A minibatch of M rows takes one of each class modulo M, the
     classes shuffled on their own: so each rank has its share, and which rows meet depends on no number of ranks.
     """
-    rank, world = session.rank, session.world_size
-    rows = np.arange(len(experience) * world).reshape(-1, session.pipeline.ppo.mini_batch_size)
-    shuffled = np.random.default_rng([session.pipeline.seed, step + 1, epoch]).permuted(rows, axis=0)
+    rank, world, settings = session.rank, session.world_size, session.pipeline.ppo
+    rows = np.arange(len(experience) * world).reshape(-1, settings.mini_batch_size)
+    shuffled = np.random.default_rng([session.pipeline.seed + settings.seed, step + 1, epoch]).permuted(rows, axis=0)
     for minibatch in shuffled[:, rank::world]:
         yield experience.select((minibatch - rank) // world)
 
