@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--eos", action="store_true", help="the last token ends an answer")
     verify.add_argument("--export", type=Path, metavar="DIR", help="write the last run's policy, with world.json")
     verify.add_argument("--table", type=Path, metavar="DIR", help="every world, beta and seed instead, into verify.md")
+    verify.add_argument("--methods", type=Path, metavar="DIR", help="every method instead, into methods.json")
     verify.add_argument("--json", action="store_true", help="one JSON object on standard output")
     study = command("study", _study, "stage 3 over many seeds, its variants beside it, into ppo.md")
     study.add_argument("--run-root", type=Path, default=checkout() / "runs" / "study", metavar="DIR",
@@ -170,12 +171,16 @@ def _verify(args) -> int:
         failed = verify.table(args.table)
         print("\n".join(failed) or f"all checks passed; see {args.table / 'verify.md'}")
         return int(bool(failed))
+    if args.methods:
+        print("\n".join(map(verify.line, verify.compare(args.methods))))
+        return 0
     given = {name: getattr(args, name) for name in ("vocab", "length", "seed", "steps", "prompts")}
     cases = verify.plan(args.world, betas=tuple(args.beta), eos=args.eos,
                         **{name: value for name, value in given.items() if value is not None})
-    rows = verify.launch_cases(cases, 1 if args.ranks is None else args.ranks, args.zero, args.export)
+    found = verify.launch_cases(cases, 1 if args.ranks is None else args.ranks, args.zero, args.export)
+    rows = found["cases"]
     failed = {row["beta"]: verify.failures(row) for row in rows}
-    found = rows[0] if len(rows) == 1 else {"cases": rows}
+    found = rows[0] if len(rows) == 1 else found
     print(json.dumps({**found, "failed": [text for texts in failed.values() for text in texts]}) if args.json else
           "\n".join(verify.line(row) for row in rows))
     return int(any(failed.values()))

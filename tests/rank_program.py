@@ -14,7 +14,7 @@ from dschat_kit.engine.ema import Ema
 from dschat_kit.engine.zero import full_state_dict
 from dschat_kit.rlhf.experience import Experience
 from dschat_kit.runs import StageRun, write_json
-from dschat_kit.train import ppo, rank, reward, sft
+from dschat_kit.train import dpo, judge, ppo, rank, reward, sft
 from dschat_kit.train.session import Session
 from dschat_kit.train.watch import Watch
 
@@ -82,7 +82,8 @@ def main(jobs: list[dict]) -> None:
         if job.get("replay"):
             replay(session)
         else:
-            session.finish({"sft": sft, "reward": reward, "ppo": ppo}[run.stage].train(session))
+            stages = {"sft": sft.train, "reward": reward.train, "dpo": dpo.train, "ppo": ppo.train}
+            session.finish((judge.judge if job.get("judge") else stages[run.stage])(session))
         dist.barrier()
 
 

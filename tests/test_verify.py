@@ -9,6 +9,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from dschat_kit.config import ConfigError, Pipeline, Ppo
 from dschat_kit.notebook.launch import free_port
 from dschat_kit.rlhf import rollout
 from dschat_kit.rlhf.rewards import compute_rewards, kl_estimates
-from dschat_kit.rlhf.worlds import World, reached
+from dschat_kit.rlhf.worlds import World, kl_gradients, reached
 from dschat_kit.runs import StageRun, write_json
 from dschat_kit.train import exact, rank
 from dschat_kit.train import ppo as program
@@ -56,11 +57,10 @@ def session(tmp_path_factory):
         signal.signal(number, handler)
 
 
-def solve(session, world, beta, steps, **changes):
-    case = exact.Case(world, beta, steps)
+def solve(session, world, beta, steps, method="gae"):
+    case = exact.Case(world, beta, steps, method)
     session = copy.copy(session)
-    pipeline = case.pipeline(0, 1)
-    session.pipeline = dataclasses.replace(pipeline, ppo=dataclasses.replace(pipeline.ppo, **changes))
+    session.pipeline = case.pipeline(0, 1)
     return {"beta": beta, **exact.solve(session, case)[0]}
 
 
@@ -156,6 +156,14 @@ def test_other_sizes_reach_it_too(session, world, beta):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method, least, most", [("rloo", 0.99, 1), ("grpo", 0.99, 1), ("reinforce", 0.99, 1),
+                                                 ("dpo", 0.95, 1), ("grpo k3", 0.8, 0.95)])
+def test_what_the_other_methods_converge_to(session, method, least, most):
+    """All but GRPO with its KL as a k3 loss reach the optimum; DPO as far as its pairs tell of it."""
+    assert least < solve(session, FIXED, 0.5, 40, method=method)["gap_closed"] < most
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("bug, said", [
     ("KL x 1.2", "beta_hat"), ("no KL", "beta_hat"), ("score one token early", "gap_closed"),
     ("whitening with shift", "gap_closed"), ("no masks", "gap_closed"), ("temperature unaccounted", "ratio_error")])
@@ -227,12 +235,32 @@ def test_slopes_and_failures_tell_wrong_numbers():
 
 
 def test_the_figure_shows_theory_and_what_was_reached():
-    rows = [{**dataclasses.asdict(FIXED), "beta": beta, "frontier": FIXED.frontier(), "ranks": 1,
+    rows = [{**dataclasses.asdict(FIXED), "beta": beta, "method": "gae", "frontier": FIXED.frontier(), "ranks": 1,
              **reached(FIXED, FIXED.best(beta), beta)} for beta in (0.5, 1.0)]
     axes, = verify.figure(rows).axes
     curve, *points = axes.lines
     assert len(curve.get_xdata()) == 40 and list(curve.get_ydata()) == sorted(curve.get_ydata())
     assert {row["reached_kl"] for row in rows} <= {float(point.get_xdata()[0]) for point in points}
+
+
+def test_methods_are_planned_launched_side_by_side_and_drawn(tmp_path, monkeypatch):
+    def launched(cases):
+        return {"kl_gradients": kl_gradients(), "cases": [
+            {**case["world"], **case, **reached(FIXED, FIXED.best(2 * case["beta"]), case["beta"]),
+             "frontier": FIXED.frontier()} for case in cases]}
+
+    monkeypatch.setattr(verify, "launch_cases", launched)
+    rows = verify.compare(tmp_path, betas=(0.5, 2.0), steps=10)
+    assert [row["method"] for row in rows] == [*verify.METHODS, *verify.METHODS[:6]]
+    assert [row["beta"] for row in rows] == [0.5] * 10 + [2.0] * 6 and (tmp_path / "methods.png").exists()
+    axes, = verify.figure(rows).axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["exact optimum", *verify.METHODS[:6], "best of n"] and "gap closed" in verify.line(rows[0])
+    found = json.loads((tmp_path / "methods.json").read_text())["kl_gradients"]
+    panels = verify.gradient_figure(found).axes
+    on = [bool(np.allclose(*axes.lines[1].get_data())) for axes in panels]
+    assert dict(zip([axes.get_title() for axes in panels], on, strict=True)) == {
+        "k1 in the reward": True, "k2 as a loss": True, "k1 as a loss": False, "k3 as a loss": False}
 
 
 # -- minibatches

@@ -10,7 +10,7 @@ penalty, GAE, whitening over all ranks  4. ppo_epochs passes of clipped updates 
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from torch import Tensor, nn
@@ -93,9 +93,10 @@ def train(session: Session) -> dict:
 
 
 def iterate(session: Session, roles: Roles, hybrid: HybridEngine, request: KitRequest, sampling: KitSampling,
-            step: int, settings: Ppo, clock: Clock,
-            texts: TextFeed | None = None, ema: Ema | None = None) -> tuple[KitBatch, Scored, Experience, list[dict]]:
-    """One PPO iteration on a batch of prompts; the last of what it returns are the metrics of each optimiser step."""
+            step: int, settings: Ppo, clock: Clock, texts: TextFeed | None = None, ema: Ema | None = None,
+            objective: Callable | None = None) -> tuple[KitBatch, Scored, Experience, list[dict]]:
+    """One PPO iteration on a batch of prompts; the last of what it returns are the metrics of each optimiser step.
+    `objective` takes the place of actor_objective."""
     # 1. The actor answers.
     batch = hybrid.generate(request, sampling)
     clock.lap("generation")
@@ -114,7 +115,7 @@ def iterate(session: Session, roles: Roles, hybrid: HybridEngine, request: KitRe
     parts = [part for epoch in range(settings.ppo_epochs) for part in minibatches(session, experience, step, epoch)]
     lrs = learning_rates(settings, step)
     updates = [update(session, roles, part, settings, sampling.temperature, lrs,
-                      texts.at(step * len(parts) + i) if texts else (), ema) for i, part in enumerate(parts)]
+                      texts.at(step * len(parts) + i) if texts else (), ema, objective) for i, part in enumerate(parts)]
     clock.lap("training")
     return batch, scored, experience, updates
 
@@ -173,7 +174,8 @@ def minibatches(session: Session, experience: Experience, step: int, epoch: int)
 
 
 def update(session: Session, roles: Roles, minibatch: Experience, settings: Ppo, temperature: float,
-           lrs: dict[str, float], texts: Sequence[SequenceBatch] = (), ema: Ema | None = None) -> dict:
+           lrs: dict[str, float], texts: Sequence[SequenceBatch] = (), ema: Ema | None = None,
+           objective: Callable | None = None) -> dict:
     """One optimiser step of actor and critic on one minibatch, the actor's on `texts` too (one batch a micro batch),
     and one of the moving average; returns its metrics over all ranks."""
     tokens, text_tokens = session.sum(minibatch.response_mask.sum(), sum(text.response_mask.sum() for text in texts))
@@ -182,7 +184,7 @@ def update(session: Session, roles: Roles, minibatch: Experience, settings: Ppo,
         if (engine := getattr(roles, role)) is not None:
             set_learning_rate(engine, lrs[f"lr_{role}"])
     for micro, text in itertools.zip_longest(minibatch.by_length().split(settings.micro_batch_size), texts):
-        loss, found = actor_objective(roles.actor, micro, settings, temperature, tokens)
+        loss, found = (objective or actor_objective)(roles.actor, micro, settings, temperature, tokens)
         if text is not None:
             logits = roles.actor(**model_inputs(roles.actor, text.sequences, text.attention_mask)).logits
             ptx_loss, _ = sft_loss(logits, text.sequences, text.response_mask, text_tokens)
