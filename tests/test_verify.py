@@ -139,6 +139,17 @@ def test_the_first_gradient_is_the_exact_one(fitted, monkeypatch, world, bug):
         assert errors[1] > 1e-3, errors
 
 
+def test_a_trained_role_checkpoints_its_activations_where_asked(session, fitted):
+    model, calls = copy.deepcopy(fitted[FIXED]), []
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    asked = copy.copy(session)
+    asked.pipeline = exact.Case(FIXED, 0.5, 1).pipeline(0, 1)
+    engine = program.trained(asked, model, 1e-3)
+    asked.backward(engine, engine(input_ids=torch.tensor([[4, 1, 2]]), use_cache=False).logits.sum())
+    assert len(calls) == 2  # forward, and once more in the backward pass
+
+
 # -- trained for real
 
 def test_ppo_reaches_the_optimum(session):
