@@ -81,7 +81,8 @@ def train(place: Path, stage: str, pipeline: Pipeline, ranks: int = 1) -> bool:
     """Run a stage unless it is finished; whether it then is. Raises RunError for one of another configuration."""
     begun = begin(stage, "tiny", place, pipeline, resume="auto", num_gpus=ranks)
     if begun.action != "reuse":
-        launch(begun.command, begun.run.path)
+        alone = [sys.executable, *begun.command[begun.command.index("--num_gpus") + 2:]]  # needs no launcher of ranks
+        launch([word.replace("--module", "-m") for word in alone] if ranks == 1 else begun.command, begun.run.path)
     return begun.run.state == "finished"
 
 
