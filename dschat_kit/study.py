@@ -81,8 +81,8 @@ def train(place: Path, stage: str, pipeline: Pipeline, ranks: int = 1) -> bool:
     """Run a stage unless it is finished; whether it then is. Raises RunError for one of another configuration."""
     begun = begin(stage, "tiny", place, pipeline, resume="auto", num_gpus=ranks)
     if begun.action != "reuse":
-        alone = [sys.executable, *begun.command[begun.command.index("--num_gpus") + 2:]]  # needs no launcher of ranks
-        launch([word.replace("--module", "-m") for word in alone] if ranks == 1 else begun.command, begun.run.path)
+        alone = [sys.executable, "-m", *begun.command[begun.command.index("--module") + 1:]]  # needs no launcher of ranks
+        launch(alone if ranks == 1 else begun.command, begun.run.path)
     return begun.run.state == "finished"
 
 
@@ -105,7 +105,7 @@ def judged(root: Path, pipeline: Pipeline, averaged: list[int], seeds: int) -> l
     if not done.exists() or [{k: case[k] for k in cases[0]} for case in read_json(done)["cases"]] != cases:
         begun = begin("ppo", "tiny", place.parent, pipeline, fresh=True, num_gpus=1)
         write_json(place / "cases.json", cases)
-        launch([word.replace("train.ppo", "train.judge") for word in begun.command], place)
+        launch([sys.executable, "-m", "dschat_kit.train.judge", "--run", str(place)], place)
         if begun.run.state != "finished":
             raise RunError(f"the last evaluation failed\n  change: see {place / 'logs'}")
     rows = []
