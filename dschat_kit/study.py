@@ -81,7 +81,7 @@ def train(place: Path, stage: str, pipeline: Pipeline, ranks: int = 1) -> bool:
     """Run a stage unless it is finished; whether it then is. Raises RunError for one of another configuration."""
     begun = begin(stage, "tiny", place, pipeline, resume="auto", num_gpus=ranks)
     if begun.action != "reuse":
-        alone = [sys.executable, "-m", *begun.command[begun.command.index("--module") + 1:]]  # needs no launcher of ranks
+        alone = [sys.executable, "-m", *begun.command[begun.command.index("--module") + 1:]]  # no launcher
         launch(alone if ranks == 1 else begun.command, begun.run.path)
     return begun.run.state == "finished"
 
