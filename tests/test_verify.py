@@ -23,7 +23,8 @@ from dschat_kit.config import ConfigError, Pipeline, Ppo
 from dschat_kit.notebook.launch import free_port
 from dschat_kit.rlhf import rollout
 from dschat_kit.rlhf.rewards import compute_rewards, kl_estimates
-from dschat_kit.rlhf.worlds import World, kl_gradients, reached
+from dschat_kit.rlhf.rollout import Roles
+from dschat_kit.rlhf.worlds import World, WorldReward, kl_gradients, reached
 from dschat_kit.runs import StageRun, write_json
 from dschat_kit.train import exact, rank
 from dschat_kit.train import ppo as program
@@ -150,6 +151,29 @@ def test_a_trained_role_checkpoints_its_activations_where_asked(session, fitted)
     assert len(calls) == 2  # forward, and once more in the backward pass
 
 
+@given(st.permutations(range(12)), st.integers(0, 4))
+@settings(deadline=None, max_examples=10)
+def test_order_batch_mates_and_more_padding_change_no_experience(fitted, order, padding):
+    """Prompts and answers of different lengths, some rows alone in their micro batch."""
+    sequences, attention_mask, mask = (part[3::11][:12] for part in EOS.sequences())
+    model = copy.deepcopy(fitted[EOS])
+    model.lm_head.weight.data[:, 1:] *= 0.7  # away from its reference
+    critic = exact.scalar_copy(model)
+    critic.classifier.score.weight.data.fill_(0.1)
+    roles = Roles(actor=model, critic=critic, ref=fitted[EOS], reward=WorldReward(EOS))
+
+    def experience(rows, more, micro):
+        wide, real = (torch.nn.functional.pad(part[rows], (more, 0)) for part in (sequences, attention_mask))
+        scored = rollout.score_responses(roles, wide, real, EOS.length, 1.0, micro)
+        return rollout.make_experience(wide, real, mask[rows], mask[rows].any(1), scored, Ppo(score_clip=0.0),
+                                       lambda moments: moments)
+
+    plain, other = experience(list(range(12)), 0, 12), experience(list(order), padding, 5)
+    for name in ("logprobs", "ref_logprobs", "values", "scores", "rewards", "advantages", "returns"):
+        assert torch.allclose(getattr(plain, name)[list(order)], getattr(other, name), atol=1e-5), name
+    assert plain.values.abs().max() > 0.1 and (plain.logprobs - plain.ref_logprobs).abs().max() > 0.1
+
+
 # -- trained for real
 
 def test_ppo_reaches_the_optimum(session):
@@ -164,6 +188,14 @@ def test_ppo_reaches_the_optimum(session):
 def test_other_sizes_reach_it_too(session, world, beta):
     row = solve(session, world, beta, 100)
     assert verify.failures(row) == [], row
+
+
+@pytest.mark.slow
+def test_more_epochs_and_minibatches_reach_it_too(session, monkeypatch):
+    monkeypatch.setattr(exact, "Ppo", lambda **fields: Ppo(**{**fields, "mini_batch_size": 64, "micro_batch_size": 64,
+                                                              "ppo_epochs": 8}))
+    row = solve(session, EOS, 0.5, 30)
+    assert row["gap_closed"] > 0.98 and verify.failures(row) == [], row
 
 
 @pytest.mark.slow
