@@ -88,10 +88,10 @@ def failures(row: dict) -> list[str]:
     return [f"{name} {row[name]:.6g}" for name, good in checks.items() if not good]
 
 
-def side_by_side(cases: list[dict]) -> dict:
-    """`launch_cases` in two jobs of one rank at a time."""
+def side_by_side(cases: list[dict], **how) -> dict:
+    """`launch_cases` in two jobs at a time: ranks wait for one another long enough for those of another job."""
     with ThreadPoolExecutor(2) as pool:
-        halves = list(pool.map(launch_cases, (cases[0::2], cases[1::2])))
+        halves = list(pool.map(lambda half: launch_cases(half, **how), (cases[0::2], cases[1::2])))
     rows = [row for pair in zip_longest(*(half["cases"] for half in halves)) for row in pair if row]
     return {**halves[0], "cases": rows}
 
@@ -127,7 +127,7 @@ def table(folder: Path, seeds: tuple[int, ...] = (0, 1, 2), steps: int = 100) ->
     worlds = ({"kind": "bandit"}, {"kind": "bigram"}, {"kind": "bigram", "eos": True},
               {"kind": "bigram", "eos": True, "prompts": 3})
     cases = [case for world in worlds for seed in seeds for case in plan(**world, betas=BETAS, seed=seed, steps=steps)]
-    rows = side_by_side(cases)["cases"] + launch_cases(cases, ranks=2, zero=2)["cases"]
+    rows = side_by_side(cases)["cases"] + side_by_side(cases, ranks=2, zero=2)["cases"]
     failed = [f"{name_of(row)}, beta {row['beta']}, seed {row['seed']}, {row['ranks']} ranks: {text}"
               for row in rows for text in failures(row)]
     slopes = {}
