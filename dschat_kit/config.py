@@ -154,6 +154,8 @@ class Rollout(Section):
     """Free the weights and the key-value memory of generation before training goes on."""
     max_out_tokens: int = bounded(0, least=0)
     """Prompt and response together have at most so many tokens; 0 leaves it to the model's positions."""
+    cuda_graphs: bool = False
+    """Start all kernels of a decode step by one call (CUDA only): worth it where a step is short. Not run so far."""
     inference_tp_size: int = bounded(1, one_of=(1,), why="every rank generates with whole weights; more ranks of a "
                                      "model are not built yet")
 

@@ -26,6 +26,9 @@ def refuse(pipeline: Pipeline, machine: Machine) -> None:
     if pipeline.telemetry.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise error("telemetry.tensorboard", "true, but tensorboard is not installed", "the package tensorboard",
                     "pip install tensorboard, or --set telemetry.csv=true")
+    if pipeline.rollout.cuda_graphs and machine.accelerator != "cuda":
+        raise error("rollout.cuda_graphs", f"true on a {machine.accelerator}", "a CUDA device",
+                    "--set rollout.cuda_graphs=false")
     for target in [] if pipeline.lora.targets == "auto" else pipeline.lora.targets.split(","):
         for name in filter(None, (pipeline.model.name, pipeline.reward.model)) if pipeline.lora.rank else ():
             known = weight_names(name)

@@ -61,17 +61,26 @@ class KVSlots:
             self.tiles[index].append(row)
         self._filled = torch.tensor(slots)
 
-    def advance(self, positions: Tensor) -> None:
-        """The step that follows writes the token of the i-th active row at column positions[i]."""
-        self._filled, self._bias, start = None, {}, 0
-        slots, self._spans = [], []
-        for index, tile in enumerate(self.tiles):
+    def places(self) -> list[int]:
+        """The slot of each active row, in the order of `rows`."""
+        return [TILE * index + place for index, tile in enumerate(self.tiles) for place in range(len(tile))]
+
+    def advance(self, positions: Tensor, used: int | None = None) -> None:
+        """The step that follows writes the token of the i-th active row at column positions[i]. With `used` it
+        computes every slot instead, active or not, and reads that many columns of each: nothing then depends on a
+        value, only on sizes, and the step can be captured."""
+        self._filled, self._bias, self._places, start = None, {}, {}, 0
+        if used:
+            self._spans = [(0, 0, positions, 0, used - 1)]
+            self._slots = torch.arange(self.slots, device=positions.device)
+        else:
+            self._spans, self._slots = [], torch.tensor(self.places(), device=positions.device)
+        for index, tile in enumerate(self.tiles if used is None else ()):
             if tile:
                 span = positions[start:start + len(tile)]
                 self._spans.append((start, TILE * index, span, int(span.min()), int(span.max())))
-                slots += range(TILE * index, TILE * index + len(tile))
                 start += len(tile)
-        self._slots, self._positions = torch.tensor(slots, device=positions.device), positions
+        self._positions = positions
 
     def retire(self, row: int, used: int) -> None:
         """Free the row's slot: the last row of its tile moves there, with its first `used` columns."""
@@ -95,25 +104,28 @@ class KVSlots:
             keys[slots, :, :width] = key.repeat_interleave(copies, 0)
             values[slots, :, :width] = value.repeat_interleave(copies, 0)
             return _prompt_attention(query, key, value, scaling, window)
-        keys[self._slots, :, self._positions] = key[:, :, 0]
-        values[self._slots, :, self._positions] = value[:, :, 0]
         (n, H, _, D), K = query.shape, key.shape[1]
-        query = (query * scaling).reshape(n * K, H // K, D)
+        if K not in self._places:
+            heads = torch.arange(K, device=key.device)
+            self._places[K] = ((self._slots[:, None] * K + heads) * self.length + self._positions[:, None]).flatten()
+        for memory, new in ((keys, key), (values, value)):  # index_copy_ takes a fifth of the time of memory[...] = new
+            memory.view(-1, D).index_copy_(0, self._places[K], new.reshape(-1, D))
+        query = query.reshape(n, K, H // K, D)  # heads that share keys are queries of one head
         output = torch.empty(n, 1, H, D, dtype=value.dtype, device=value.device)
         for start, slot, span, shortest, longest in self._spans:
             end, used = start + len(span), longest + 1
-            k, v = (memory[slot:slot + len(span), :, :used].flatten(0, 1) for memory in (keys, values))
-            scores = torch.bmm(query[start * K:end * K], k.transpose(1, 2))
+            k, v = (memory[slot:slot + len(span), :, :used] for memory in (keys, values))
+            mask = None
             if shortest < longest or (window and used > window):
-                scores.view(len(span), H, used).add_(self._mask(start, span, used, window, scores.dtype))
-            weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-            output[start:end] = torch.bmm(weights, v).view(len(span), 1, H, D)
+                mask = self._mask(start, span, used, window, query.dtype)
+            found = F.scaled_dot_product_attention(query[start:end], k, v, attn_mask=mask, scale=scaling)
+            output[start:end] = found.view(len(span), 1, H, D)
         return output
 
     def _mask(self, start: int, span: Tensor, used: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """(rows of the tile, 1, used): 0 where a row may look, -inf elsewhere; the same for all layers of a step."""
+        """(rows of the tile, 1, 1, used): 0 where a row may look, -inf elsewhere; the same for all layers of a step."""
         if (start, window) not in self._bias:
-            columns, last = torch.arange(used, device=span.device), span[:, None, None]
+            columns, last = torch.arange(used, device=span.device), span[:, None, None, None]
             hidden = columns > last
             if window:
                 hidden |= columns <= last - window

@@ -28,7 +28,6 @@ class Slots:
 
     def __init__(self, model: nn.Module, kv: KVSlots):
         self.model, self.kv = model, kv
-        kv.clear()
 
     @property
     def rows(self) -> list[int]:

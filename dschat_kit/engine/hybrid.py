@@ -12,6 +12,7 @@ from deepspeed.runtime.rollout.base import RolloutEngine
 
 from dschat_kit.engine.attention import ATTENTION, FAMILIES, KVSlots, UnknownAttention, kv_bytes_per_token
 from dschat_kit.engine.decode import Plain, Slots, decode
+from dschat_kit.engine.graphs import GraphedSlots
 from dschat_kit.engine.parity import first_difference
 from dschat_kit.engine.replica import Replica
 from dschat_kit.engine.rollout_types import KitBatch, KitRequest, KitSampling
@@ -27,12 +28,14 @@ class HybridEngine(RolloutEngine):
 
     `micro_batch_size` responses are decoded at a time. `release_inference_cache` frees replica and KV memory after
     each rollout; without it both stay for the next. `max_out_tokens` bounds prompt and response together (0: the
-    model's positions do), as in DeepSpeed. `path` says how steps are computed, `reason` why.
+    model's positions do), as in DeepSpeed. `cuda_graphs` captures decode steps. `path` says how steps are
+    computed, `reason` why.
     """
     name = "dschat_kit"
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, *, micro_batch_size: int,
-                 release_inference_cache: bool = True, max_out_tokens: int = 0):
+                 release_inference_cache: bool = True, max_out_tokens: int = 0, cuda_graphs: bool = False):
+        self.cuda_graphs, self._steps = cuda_graphs, None
         self.engine, self.slots, self.max_out_tokens = engine, micro_batch_size, max_out_tokens
         self.release_inference_cache, self._kv, self._checked = release_inference_cache, None, False
         module = engine.module
@@ -56,7 +59,7 @@ class HybridEngine(RolloutEngine):
                 self._check(model, request)
             batch, problem = self._decode(model, request, sampling), None
         except RunError as error:  # of the decode loop, on this rank: the others have to hear of it
-            batch, problem, self._kv = None, error, None
+            batch, problem, self._kv, self._steps = None, error, None, None
         finally:
             if self.release_inference_cache:
                 self.shutdown()
@@ -75,7 +78,10 @@ class HybridEngine(RolloutEngine):
             self._kv = None
             self._check_memory(slots, longest, request.prompt_ids.device)
             self._kv = KVSlots(slots, longest)
-        return decode(Slots(model, self._kv), request, sampling)
+            self._steps = (GraphedSlots(model, self._kv, request.prompt_ids.device) if self.cuda_graphs else
+                           Slots(model, self._kv))
+        self._kv.clear()  # an interrupted rollout may have left rows
+        return decode(self._steps, request, sampling)
 
     def _check(self, model, request: KitRequest) -> None:
         """The first prompts, greedily, against plain transformers; another answer means the plain path from now on."""
@@ -133,4 +139,4 @@ class HybridEngine(RolloutEngine):
     def shutdown(self) -> None:
         """Free the KV memory and every weight that the replica does not share."""
         self.replica.release()
-        self._kv = None
+        self._kv = self._steps = None

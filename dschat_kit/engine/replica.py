@@ -20,6 +20,29 @@ from dschat_kit.models.lora import ACTOR, merged_weight
 __all__ = ["Replica"]
 
 
+class PackedLinear(nn.Linear):
+    """A linear layer that multiplies with a copy of its weight in the order in which oneDNN's bf16 kernels read it;
+    otherwise every call brings the weight into that order. 1.4 times as fast for 64 rows on AMX. No gradient."""
+
+    packed: Tensor | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input @ weight.T + bias."""
+        if self.packed is None:
+            return super().forward(input)
+        return torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, "none", [], "")
+
+    def pack(self) -> None:
+        """Has to be called whenever the weight has changed."""
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, 64)
+
+
+def _can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    mkldnn = torch.ops.mkldnn
+    return (dtype == torch.bfloat16 and device.type == "cpu" and torch.backends.mkldnn.is_available()
+            and hasattr(mkldnn, "_reorder_linear_weight") and hasattr(mkldnn, "_linear_pointwise"))
+
+
 class Replica:
     """`model` is ready between `fill` and `release`, in `dtype` on the device of the source.
 
@@ -32,6 +55,7 @@ class Replica:
         config = copy.deepcopy(source.config)
         with torch.device("meta"):
             self.model = type(source)(config).eval().requires_grad_(False)
+        config.pad_token_id = None  # some families look for it among the tokens of every step, to warn: a wait on a GPU
         self.model.generation_config = copy.deepcopy(source.generation_config)
         self._places: dict[str, list[str]] = {}  # name in the source -> names in the replica; tied weights have several
         first: dict[int, str] = {}
@@ -40,6 +64,11 @@ class Replica:
             own = name if name in parameters else re.sub(r"\.(weight|bias)$", r".base_layer.\1", name)
             self._places.setdefault(first.setdefault(id(parameters[own]), own), []).append(name)
         self._parameters = parameters
+        self._packed: list[PackedLinear] = []
+        if _can_pack(dtype, next(iter(parameters.values())).device):
+            self._packed = [module for module in self.model.modules() if type(module) is nn.Linear]
+            for module in self._packed:
+                module.__class__ = PackedLinear
 
     def fill(self) -> nn.Module:
         """Bring every weight up to date: shared where nothing is to be computed, copied elsewhere."""
@@ -53,10 +82,14 @@ class Replica:
             with deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext():
                 for name in names:
                     self._set(name, self._whole(name), lasting=not sharded)
+        for module in self._packed:
+            module.pack()
         return self.model
 
     def release(self) -> None:
         """Let go of every weight; sizes and layout stay."""
+        for module in self._packed:
+            module.packed = None
         for names in self._places.values():
             for name in names:
                 module, leaf = _inside(self.model, name)
