@@ -96,11 +96,8 @@ def launch(command: list[str], place: Path) -> None:
 def judged(root: Path, pipeline: Pipeline, averaged: list[int], seeds: int) -> list[dict]:
     """Rows of the moving averages of those seeds, and of best-of-n, by one job of one rank."""
     place, models = beside(root / "judged", root / "base") / "ppo", root / "base" / "sft" / "model"
-    prompts = pipeline.ppo.eval_prompts
-    cases = [{"model": str(root / f"gae-{seed}" / "ppo" / "ema"), "seed": seed, "answers": prompts, "best_of": [1]}
-             for seed in averaged]
-    cases += [{"model": str(models), "seed": seed, "answers": 16 * prompts, "best_of": list(BEST_OF)}
-              for seed in range(seeds)]
+    cases = [{"model": str(root / f"gae-{seed}" / "ppo" / "ema"), "seed": seed, "best_of": [1]} for seed in averaged]
+    cases += [{"model": str(models), "seed": seed, "best_of": list(BEST_OF)} for seed in range(seeds)]
     done = place / "result.json"
     if not done.exists() or [{k: case[k] for k in cases[0]} for case in read_json(done)["cases"]] != cases:
         begun = begin("ppo", "tiny", place.parent, pipeline, fresh=True, num_gpus=1)

@@ -3,7 +3,8 @@
 
     python -m dschat_kit.train.judge --run RUN/ppo
 
-RUN/ppo/cases.json lists {model, seed, answers, best_of}; RUN/ppo/result.json gets the means of each.
+RUN/ppo/cases.json lists {model, seed, best_of: [n, ...]}; RUN/ppo/result.json gets the means of each n. For n above 1
+every prompt has as many answers as the largest n.
 """
 
 from pathlib import Path
@@ -42,7 +43,9 @@ def judge(session: Session) -> dict:
         actor = causal(Path(case["model"]))
         hybrid = HybridEngine(SimpleNamespace(module=actor, device=session.device),
                               micro_batch_size=pipeline.rollout.micro_batch_size)
-        held_out = PromptFeed(rows, case["answers"], case["seed"], pad_id, session, unique=True)
+        held_out = PromptFeed(rows, pipeline.ppo.eval_prompts, case["seed"], pad_id, session, unique=True)
+        if (most := max(case["best_of"])) > 1:
+            held_out.count = most * len(held_out.keep)
         lines = answer(session, hybrid, Roles(actor=actor, critic=None, ref=ref, reward=reward), held_out, sampling,
                        tokenizer, "after")
         means = {str(n): averages(session, best_answers(lines, n)) for n in case["best_of"]}
