@@ -290,7 +290,7 @@ def test_methods_are_planned_launched_side_by_side_and_drawn(tmp_path, monkeypat
     def launched(cases):
         return {"kl_gradients": kl_gradients(), "cases": [
             {**case["world"], **case, **reached(FIXED, FIXED.best(2 * case["beta"]), case["beta"]),
-             "frontier": FIXED.frontier()} for case in cases]}
+             "frontier": FIXED.frontier(), "gradient_error": 0.0} for case in cases]}
 
     monkeypatch.setattr(verify, "launch_cases", launched)
     rows = verify.compare(tmp_path, betas=(0.5, 2.0), steps=10)
