@@ -7,6 +7,7 @@ import html
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,8 +17,6 @@ from dschat_kit.data.tokenizer import open_tokenizer, pad_id_of
 from dschat_kit.metrics import JsonlWriter
 from dschat_kit.models.loading import quiet_loading
 from dschat_kit.runs import RunError, StageRun, open_run, write_json
-
-__all__ = ["ChatSession", "box", "compare", "record", "talk"]
 
 
 class ChatSession:
@@ -39,36 +38,28 @@ class ChatSession:
         runs = [open_run(Path(run_root), name) for name in ([stage] if stage else ["ppo", "dpo", "sft"])]
         for run in runs:
             if (run.model_dir / "config.json").exists():
-                return cls(run.model_dir, **{"max_new_tokens": _length(run)} | options)
+                return cls(run.model_dir, **{"max_new_tokens": run.pipeline.sampling.max_new_tokens} | options)
         stages = " or ".join(run.stage for run in runs)
         raise RunError(f"{Path(run_root).absolute()} has no exported model of {stages}\n"
-                       f"  change: dschat run --run-root {run_root}, or name another run")
+                       f"  change: dschat run --run-root '{run_root}', or name another run")
 
-    def ask(self, text: str, *, temperature: float = 0.0, seed: int = 0, remember: bool = False) -> str:
-        """One answer. `remember` keeps question and answer as context of the next one."""
-        answer = self._answers([self._prompt(text)], temperature, seed)[0]
-        if remember:
-            self._remember(text, answer)
-        return answer
-
-    def ask_all(self, texts: list[str], *, temperature: float = 0.0, seed: int = 0) -> list[str]:
-        """Answers to several questions in one batch, without what is remembered; one may be a whole dialogue."""
-        return self._answers([self.style.prompt(turns_of(_asked(text))) for text in texts], temperature, seed)
+    def ask(self, text: str, *, temperature: float = 0.0, seed: int = 0) -> str:
+        """One answer, without the dialogue so far."""
+        return self.ask_all([text], temperature=temperature, seed=seed)[0]
 
     @torch.no_grad()
-    def _answers(self, prompts: list[str], temperature: float, seed: int) -> list[str]:
-        batch = self.tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1, padding_side="left",
-                               add_special_tokens=False)
+    def ask_all(self, texts: list[str], *, temperature: float = 0.0, seed: int = 0) -> list[str]:
+        """Answers to several questions in one batch, without the dialogue so far; one may be a whole dialogue."""
+        inputs = self._inputs([self.style.prompt(turns_of(_asked(text))) for text in texts])
         with torch.random.fork_rng(devices=[]):
-            tokens = self.model.generate(**self._inputs(batch), **self._sampling(temperature, seed))
-        width = batch["input_ids"].shape[1]
-        return [text.strip() for text in self.tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)]
+            tokens = self.model.generate(**inputs, **self._sampling(temperature, seed))
+        answers = tokens[:, inputs["input_ids"].shape[1]:]
+        return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
     def stream(self, text: str, *, temperature: float = 0.0, seed: int = 0, remember: bool = True) -> Iterator[str]:
-        """The answer piece by piece, as it is generated."""
+        """The answer piece by piece, as it is generated, in the dialogue so far, which it joins with `remember`."""
         from transformers import TextIteratorStreamer
-        batch = self.tokenizer([self._prompt(text)], return_tensors="pt", add_special_tokens=False)
-        inputs = self._inputs(batch)
+        inputs = self._inputs([self.style.prompt([*self.history, *turns_of(_asked(text))])])
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
 
@@ -89,9 +80,11 @@ class ChatSession:
         if failure:
             raise failure[0]
         if remember:
-            self._remember(text, "".join(pieces).strip())
+            self.history += [*turns_of(text), ("assistant", "".join(pieces).strip())]
 
-    def _inputs(self, batch) -> dict:
+    def _inputs(self, prompts: list[str]) -> dict:
+        batch = self.tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1, padding_side="left",
+                               add_special_tokens=False)
         limit, width = getattr(self.model.config, "max_position_embeddings", None), batch["input_ids"].shape[1]
         if limit and width + self.max_new_tokens > limit:
             raise RunError(f"got {width} tokens of dialogue and {self.max_new_tokens} to answer\n"
@@ -106,12 +99,6 @@ class ChatSession:
             how |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
         return how | {"max_new_tokens": self.max_new_tokens, "pad_token_id": pad_id_of(self.tokenizer)}
 
-    def _prompt(self, question: str) -> str:
-        return self.style.prompt([*self.history, *turns_of(_asked(question))])
-
-    def _remember(self, question: str, answer: str) -> None:
-        self.history += [*turns_of(question), ("assistant", answer)]
-
 
 def _asked(text: str) -> str:
     if not text.strip():
@@ -121,9 +108,9 @@ def _asked(text: str) -> str:
 
 def compare(sessions: dict[str, ChatSession], questions: list[str], **how) -> list[dict]:
     """One row a question: {"question", name: answer, ...} for models side by side."""
-    answers = {name: session.ask_all(questions, **how) for name, session in sessions.items()}
-    return [{"question": question, **{name: rows[i] for name, rows in answers.items()}}
-            for i, question in enumerate(questions)]
+    answers = zip(*(session.ask_all(questions, **how) for session in sessions.values()), strict=True)
+    return [{"question": question, **dict(zip(sessions, row, strict=True))}
+            for question, row in zip(questions, answers, strict=True)]
 
 
 def record(run: StageRun, rows: list[dict]) -> None:
@@ -165,7 +152,7 @@ def box(session: ChatSession, example: str):
             for piece in session.stream(question, remember=False):
                 said += piece
                 write(said.strip())
-        except RunError as error:  # a callback's error would go to a log that nobody reads
+        except Exception as error:  # noqa: BLE001  a callback's error would go to a log that nobody reads
             write(f"error: {error}")
     entry.observe(answer, names="value")
     display(VBox([log, entry]))
@@ -183,15 +170,5 @@ def talk(run_root: Path, stage: str | None, questions: list[str] | None) -> int:
 
 def _lines() -> Iterator[str]:
     print("An empty line ends the talk.")
-    while True:
-        try:
-            line = input("you> ")
-        except EOFError:
-            return
-        if not line.strip():
-            return
-        yield line
-
-
-def _length(run: StageRun) -> int:
-    return run.pipeline.sampling.max_new_tokens
+    with suppress(EOFError):
+        yield from iter(lambda: input("you> ").strip(), "")

@@ -9,8 +9,7 @@ from dschat_kit.config import ConfigError
 from dschat_kit.machine import checkout
 from dschat_kit.presets import PRESETS, get_preset
 from dschat_kit.runs import RunError
-
-__all__ = ["main"]
+from dschat_kit.sections import error, flat
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,8 +21,8 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.command(args)
-    except (ConfigError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ConfigError, RunError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -111,18 +110,11 @@ def _run(args) -> int:
     from dschat_kit.notebook.stage import check, configuration
     preset, root, pipeline = configuration(args.preset, args.run_root, args.overrides)
     check(pipeline, ("sft", "reward", "ppo"), args.num_gpus)
-    return run_chain(preset=preset, run_root=root, overrides=_flat(pipeline, preset), from_stage=args.from_stage,
+    base = flat(get_preset(preset).to_dict())  # the notebooks get what differs from the preset
+    overrides = [f"{path}={value if isinstance(value, str) else json.dumps(value)}"
+                 for path, value in flat(pipeline.to_dict()).items() if value != base[path]]
+    return run_chain(preset=preset, run_root=root, overrides=overrides, from_stage=args.from_stage,
                      num_gpus=args.num_gpus or 0, resume=args.resume, fresh=args.fresh)
-
-
-def _flat(pipeline, preset: str) -> list[str]:
-    """The overrides that make `pipeline` out of the preset."""
-    base, rows = get_preset(preset).to_dict(), []
-    for section, fields in pipeline.to_dict().items():
-        inner = isinstance(fields, dict)
-        rows += [(f"{section}.{name}", value, base[section][name]) for name, value in fields.items()] if inner else [
-            (section, fields, base[section])]
-    return [f"{path}={new if isinstance(new, str) else json.dumps(new)}" for path, new, old in rows if new != old]
 
 
 def _stage(args) -> int:
@@ -143,8 +135,8 @@ def _chat(args) -> int:
 
 
 def _watch(args) -> int:
-    from dschat_kit.notebook.monitor import watch_text
-    return watch_text(args.path) or 0
+    from dschat_kit.notebook.progress import watch_text
+    return watch_text(args.path)
 
 
 def _fetch(args) -> int:
@@ -158,7 +150,7 @@ def _bench(args) -> int:
         from dschat_kit.bench import run
         return run(args)
     if args.rows < 1000:
-        raise ConfigError(f"--rows: got {args.rows}\n  expected: 1000 or more\n  change:   --rows 10000")
+        raise error("--rows", args.rows, "1000 or more", "--rows 10000")
     from dschat_kit.data.benchmark import bench_data
     found = bench_data(args.rows, args.tokenizer, report=lambda line: print(line, file=sys.stderr))
     print(json.dumps(found) if args.json else "\n".join(f"{name:26} {value:.4g}" for name, value in found.items()))
@@ -194,11 +186,11 @@ def _study(args) -> int:
 
 
 def _doctor(args) -> int:
-    from dschat_kit.notebook import doctor
-    checks = doctor.run_checks(args.path) if args.path else doctor.machine_checks()
+    from dschat_kit.notebook import diagnosis, doctor
+    checks = diagnosis.run_checks(args.path) if args.path else doctor.machine_checks()
     failed = any(check.state == "fail" for check in checks)
     found = {"checks": [vars(check) for check in checks], "ok": not failed}
-    print(json.dumps(found) if args.json else doctor.render(checks))
+    print(json.dumps(found) if args.json else diagnosis.render(checks))
     return int(failed)
 
 

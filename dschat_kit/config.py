@@ -156,8 +156,9 @@ class Rollout(Section):
     """Prompt and response together have at most so many tokens; 0 leaves it to the model's positions."""
     cuda_graphs: bool = False
     """Start all kernels of a decode step by one call (CUDA only): worth it where a step is short. Not run so far."""
-    inference_tp_size: int = bounded(1, one_of=(1,), why="every rank generates with whole weights; more ranks of a "
-                                     "model are not built yet")
+    inference_tp_size: int = bounded(1, least=1)
+    """So many consecutive ranks split the weights of every layer while they generate, and answer their prompts
+    together: for a model whose whole weights do not fit into one device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +242,9 @@ class Pipeline(Section):
     def check_ranks(self, stage: str, ranks: int) -> None:
         """Raises ConfigError when a global batch of the stage does not divide into micro batches on so many ranks."""
         settings = getattr(self, stage, None)
+        if stage == "ppo" and ranks % self.rollout.inference_tp_size:
+            raise error("rollout.inference_tp_size", repr(self.rollout.inference_tp_size),
+                        f"a divisor of {ranks} ranks", "--set rollout.inference_tp_size=1")
         if stage == "ppo" and self.ppo.rollout_batch_size // self.ppo.samples_per_prompt % ranks:
             raise error("ppo.samples_per_prompt", repr(self.ppo.samples_per_prompt),
                         f"a multiple of {ranks} prompts a rollout: all answers to one stay on one rank")

@@ -1,10 +1,9 @@
 """The settings of the data stage: a section of the configuration with texts to be parsed, hence a file of its own."""
 
+import re
 from dataclasses import dataclass
 
 from dschat_kit.sections import Section, bounded, error, finite
-
-__all__ = ["Data"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +11,8 @@ class Data(Section):
     sources: str = "toy"
     """`toy`, or PATH[:weight][,PATH[:weight]...] where PATH is a file (.jsonl .json .csv .parquet .arrow .txt, also
     compressed), a folder or a glob of such, a folder of save_to_disk, a data set of the Hugging Face Hub, or a source
-    that data.module registers. Files that begin with eval, test or valid beside others are held out."""
+    that data.module registers. Files that begin with eval, test or valid beside others are held out. A comma inside
+    a path is written \\,"""
     columns: str = ""
     """Names of the columns: prompt,chosen,rejected or prompt,response or text; empty guesses and shows them."""
     module: str = ""
@@ -68,7 +68,8 @@ class Data(Section):
     def weighted_sources(self) -> list[tuple[str, float | None]]:
         """(path or name, weight or None) of each source. A colon that no number follows belongs to the path."""
         pairs = []
-        for part in filter(None, (part.strip() for part in self.sources.split(","))):
+        for part in filter(None, (part.strip() for part in re.split(r"(?<!\\),", self.sources))):
+            part = part.replace("\\,", ",")
             name, _, weight = part.rpartition(":")
             pairs.append((name, finite(weight)) if name and finite(weight) is not None else (part, None))
         names = [name for name, _ in pairs]

@@ -8,8 +8,6 @@ from dschat_kit.config import ConfigError, Pipeline
 from dschat_kit.machine import Machine
 from dschat_kit.sections import error
 
-__all__ = ["refuse", "weight_names"]
-
 SCRATCH = tuple(f"model.layers.0.{name}.weight" for name in (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
     "mlp.down_proj"))

@@ -4,14 +4,14 @@ import dataclasses
 import json
 import os
 import subprocess
+import sys
 import threading
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from dschat_kit.config import ConfigError, Pipeline
-
-__all__ = ["Machine", "PeakMemory", "checkout", "detect", "resolve"]
+from dschat_kit.config import Pipeline
+from dschat_kit.sections import error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,6 @@ class Machine:
     devices: int
     """Accelerators (on a CPU: cores that this process may use)."""
     cores: int
-    memory_gb: float
     bf16: bool
     """Whether the hardware multiplies bf16; emulated bf16 is several times slower than fp32."""
     torch_build: str
@@ -42,7 +41,7 @@ def detect() -> Machine:
     """Look at the machine. `DS_ACCELERATOR=cpu` (DeepSpeed's own switch) keeps GPUs out of it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" or _torch_build().endswith("+cpu") else _gpu_count()
-    return Machine(accelerator="cuda" if gpus else "cpu", devices=gpus or cores, cores=cores, memory_gb=_memory_gb(),
+    return Machine(accelerator="cuda" if gpus else "cpu", devices=gpus or cores, cores=cores,
                    bf16=_gpu_bf16() if gpus else _cpu_bf16(), torch_build=_torch_build())
 
 
@@ -76,6 +75,12 @@ def checkout() -> Path:
     return place if (place / "notebooks").is_dir() else Path.cwd()
 
 
+def own_path() -> str:
+    """PATH with the programs of this Python's environment first, so that `dschat` and `deepspeed` are ours."""
+    own = Path(sys.executable).parent  # not resolved: a venv's python is a link out of the venv
+    return f"{own}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+
+
 def resolve(pipeline: Pipeline) -> Pipeline:
     """What names stand for here, written out: a run folder says what was done, not what was asked for.
 
@@ -104,8 +109,8 @@ def _json_text(path: str) -> str:
     try:
         return json.dumps(json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError) as problem:
-        raise ConfigError(f"zero.deepspeed: got {path!r}, which is no JSON file: {problem}\n"
-                          "  expected: DeepSpeed's settings\n  change:   --set zero.deepspeed=PATH") from None
+        raise error("zero.deepspeed", f"{path!r}, which is no JSON file: {problem}", "DeepSpeed's settings",
+                    "--set zero.deepspeed=PATH") from None
 
 
 def _source(name: str) -> str:
@@ -122,38 +127,28 @@ def _torch_build() -> str:
         return ""
 
 
-def _nvidia_smi(*query: str) -> list[str]:
+def nvidia_smi(field: str) -> list[str]:
+    """A field of every NVIDIA GPU that the driver shows, whatever torch can do with them; [] without a driver."""
+    query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     try:
-        done = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return [line for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
 
 
 def _gpu_count() -> int:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    present = len(_nvidia_smi("--query-gpu=index", "--format=csv,noheader"))
+    present, visible = len(nvidia_smi("index")), os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return present
-    chosen = [part for part in visible.split(",") if part.strip() and part.strip() != "-1"]
-    return min(present, len(chosen))
+    return min(present, sum(part.strip() not in ("", "-1") for part in visible.split(",")))
 
 
 def _gpu_bf16() -> bool:
-    capabilities = _nvidia_smi("--query-gpu=compute_cap", "--format=csv,noheader")
-    return bool(capabilities) and min(float(c) for c in capabilities) >= 8.0
+    capabilities = nvidia_smi("compute_cap")
+    return bool(capabilities) and min(map(float, capabilities)) >= 8.0
 
 
 def _cpu_bf16() -> bool:
-    try:
-        flags = Path("/proc/cpuinfo").read_text(errors="replace")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def _memory_gb() -> float:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    except (ValueError, OSError):
-        return 0.0
+    info = Path("/proc/cpuinfo")
+    return info.exists() and any(flag in info.read_text(errors="replace") for flag in ("avx512_bf16", "amx_bf16"))

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from dschat_kit.runs import cannot
 
-__all__ = ["JsonlWriter", "MetricsTail", "read_metrics", "truncate_after"]
-
 
 class JsonlWriter:
     """Appends objects to a JSON-lines file. A NaN or infinity is written as null; a full disk is a RunError."""

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 from dschat_kit.sections import Section, bounded, error
 
-__all__ = ["Lora", "Model", "Zero"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Model(Section):

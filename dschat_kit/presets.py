@@ -1,22 +1,7 @@
 """Named pipelines. A preset is data: `--set section.field=value` changes any of it."""
 
-from dschat_kit.config import (
-    Checkpoint,
-    ConfigError,
-    Data,
-    Dpo,
-    Lora,
-    Model,
-    Pipeline,
-    Ppo,
-    Reward,
-    Rollout,
-    Sampling,
-    Sft,
-    Zero,
-)
-
-__all__ = ["PRESETS", "get_preset"]
+from dschat_kit.config import Checkpoint, Data, Dpo, Lora, Model, Pipeline, Ppo, Reward, Rollout, Sampling, Sft, Zero
+from dschat_kit.sections import error
 
 
 def _opt(actor: str, *, ranks: int, stage: int, lora: int, micro: int) -> Pipeline:
@@ -71,5 +56,5 @@ PRESETS: dict[str, Pipeline] = {
 def get_preset(name: str) -> Pipeline:
     """The pipeline of that name. Raises ConfigError with the names there are."""
     if name not in PRESETS:
-        raise ConfigError(f"--preset: got {name!r}\n  expected: one of {', '.join(PRESETS)}\n  change:   the name")
+        raise error("--preset", repr(name), f"one of {', '.join(PRESETS)}", "the name")
     return PRESETS[name]

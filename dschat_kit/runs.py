@@ -13,12 +13,11 @@ import os
 import re
 import socket
 import time
-from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 from dschat_kit.config import REQUIRES, STAGES, ConfigError, Pipeline
-
-__all__ = ["RunError", "StageRun", "open_run", "prepare_stage", "read_json", "write_json"]
+from dschat_kit.sections import flat
 
 DATA_FILES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt")
 
@@ -114,24 +113,33 @@ class StageRun:
                 "host": socket.gethostname()}
         write_json(self.path / "status.json", {**base, **self.status, **changes, "updated": now})
 
-    @contextmanager
     def lock(self, name: str = ".lock"):
-        """Hold the folder. Raises RunError when another process has it."""
+        """Hold the folder while the returned file is open. Raises RunError when another process has it."""
+        return take_lock(self.path / name)
+
+
+def take_lock(path: Path):
+    """The file `path`, made where it is missing, open and locked until it is closed.
+
+    Raises RunError when another process keeps it. One that only looks whether it is held has it for an instant; one
+    that has written into it that it is ending (a launcher, when its cell is run again) is waited for, up to 30 s.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")
+    except OSError as error:
+        raise cannot(f"write in {path.parent}", error) from error
+    begun = time.monotonic()
+    while True:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = open(self.path / name, "a+")
-        except OSError as error:
-            raise cannot(f"write in {self.path}", error) from error
-        with file:
-            for patience in range(20, -1, -1):  # who only looks whether it is held has it for an instant
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if not patience:
-                        raise _in_use(self) from None
-                    time.sleep(0.01)
-            yield
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            return file
+        except BlockingIOError:
+            if time.monotonic() - begun > (30 if os.fstat(file.fileno()).st_size else 0.5):
+                file.close()
+                raise _in_use(path.parent) from None
+            time.sleep(0.05)
 
 
 def _held(path: Path) -> bool:
@@ -145,13 +153,13 @@ def _held(path: Path) -> bool:
     return False
 
 
-def _in_use(run: StageRun) -> RunError:
-    return RunError(f"{run.path} is in use by another process\n"
+def _in_use(folder: Path) -> RunError:
+    return RunError(f"{folder} is in use by another process\n"
                     "  change: wait for it, end it, or choose another --run-root")
 
 
 def open_run(root: Path, stage: str) -> StageRun:
-    """The folder of a stage for reading; `state` says whether there is anything in it."""
+    """The folder of a stage in a run folder."""
     return StageRun(Path(root) / stage)
 
 
@@ -168,7 +176,7 @@ def prepare_stage(root: Path, stage: str, pipeline: Pipeline, *, preset: str = "
     wanted = {"stage": stage, "preset": preset, "config_hash": stage_hash(pipeline, stage), "seed": pipeline.seed,
               "pipeline": pipeline.to_dict()}
     if run.in_use():
-        raise _in_use(run)
+        raise _in_use(run.path)
     with run.lock():
         action = _decide(run, wanted, resume, fresh)
     if action == "aside":
@@ -235,11 +243,11 @@ def _require_earlier(run: StageRun, pipeline: Pipeline) -> None:
             continue
         if state != "finished":
             raise RunError(f"{run.stage} needs a finished {earlier} stage in {run.root}, which is {state}\n"
-                           f"  change: `dschat {earlier} --run-root {run.root}` first, or choose another --run-root")
+                           f"  change: `dschat {earlier} --run-root '{run.root}'` first, or choose another --run-root")
         if before.config["config_hash"] != stage_hash(pipeline, earlier):
             raise RunError(f"the {earlier} stage in {run.root} was made with another configuration\n  changed: "
                            f"{_difference(before.config['pipeline'], pipeline.to_dict())}\n"
-                           f"  change: make it anew with `dschat {earlier} --run-root {run.root} --fresh`, or choose "
+                           f"  change: make it anew with `dschat {earlier} --run-root '{run.root}' --fresh`, or choose "
                            "another --run-root")
 
 
@@ -265,21 +273,15 @@ def _decide(run: StageRun, wanted: dict, resume: str, fresh: bool) -> str:
 
 
 def _difference(old: dict, new: dict) -> str:
-    rows = []
-    for section in sorted(set(old) | set(new)):
-        before, after = old.get(section), new.get(section)
-        if isinstance(before, dict) and isinstance(after, dict):
-            rows += [f"{section}.{k}: {before.get(k)!r} -> {new!r}" for k, new in after.items() if before.get(k) != new]
-        elif before != after:
-            rows.append(f"{section}: {before!r} -> {after!r}")
+    before = flat(old)
+    rows = [f"{path}: {before.get(path)!r} -> {value!r}" for path, value in flat(new).items()
+            if before.get(path) != value]
     return "; ".join(rows) or "the content of data.sources"
 
 
 def _move_aside(path: Path) -> None:
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    names = (path.with_name(f"{path.name}.old-{stamp}{suffix}") for suffix in ("", *(f"-{i}" for i in range(1, 100))))
     try:
-        path.rename(next(name for name in names if not name.exists()))
+        path.rename(path.with_name(f"{path.name}.old-{datetime.now():%Y%m%d-%H%M%S-%f}"))
         path.mkdir()
     except OSError as error:
         raise cannot(f"move {path} aside", error) from error

@@ -8,8 +8,6 @@ import operator
 import types
 import typing
 
-__all__ = ["ConfigError", "Section", "bounded", "build", "error", "finite", "parse", "unknown"]
-
 
 class ConfigError(ValueError):
     """A setting that cannot work. The message is meant for the user and is shown without a traceback."""
@@ -65,6 +63,14 @@ def build(cls, tree: dict, prefix: str = ""):
             raise unknown(f"{prefix}{name}", cls, prefix)
         values[name] = build(hints[name], value, f"{name}.") if dataclasses.is_dataclass(hints[name]) else value
     return cls(**values)
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+    """Nested settings on one level: {"ppo.kl_coef": 0.1, "seed": 0}."""
+    found = {}
+    for name, value in tree.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
 
 
 def unknown(path: str, cls, prefix: str) -> ConfigError:

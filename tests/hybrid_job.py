@@ -71,6 +71,32 @@ def check(stage: int, adapters: bool) -> None:
         print(f"ZeRO {stage} adapters {adapters}: all is well", flush=True)
 
 
+def check_split(stage: int, adapters: bool) -> None:
+    """Two ranks that share the weights of generation say what each says with whole weights."""
+    rank = dist.get_rank()
+    model = with_adapters() if adapters else causal_lm("opt")
+    pipeline = Pipeline().with_overrides([f"zero.stage={stage}", "model.dtype=fp32"])
+    engine = build_engine(model, pipeline, lr=0.05, batch_size=4, micro_batch_size=2, world_size=2, grad_clip=1.0)
+    asked = request(lengths=(3, 6, 4, 6, 5) if rank else (2, 5, 9, 1), seed=rank)
+    whole = HybridEngine(engine, micro_batch_size=3).generate(asked, SAMPLING)
+    split = HybridEngine(engine, micro_batch_size=3, inference_tp_size=2, release_inference_cache=False)
+    for _ in range(2):  # filled, and filled again
+        batch = split.generate(asked, SAMPLING)
+        for field in ("input_ids", "attention_mask", "response_start_idx", "response_mask", "finished"):
+            assert torch.equal(getattr(batch, field), getattr(whole, field)), (stage, adapters, field)
+        assert torch.allclose(batch.logprobs, whole.logprobs, atol=1e-5) and split.path == "slots", split.reason
+    held = sum(parameter.numel() for parameter in split.replica.model.model.parameters())
+    assert held < 0.75 * sum(parameter.numel() for parameter in causal_lm(model.config.model_type).model.parameters())
+    try:
+        HybridEngine(engine, micro_batch_size=3, inference_tp_size=3)
+    except RunError as error:
+        assert "got 2 ranks" in str(error)
+    else:
+        raise AssertionError("three parts on two ranks are not refused")
+    if rank == 0:
+        print(f"ZeRO {stage} adapters {adapters}: split is whole", flush=True)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -78,5 +104,7 @@ if __name__ == "__main__":
     for zero_stage in range(4):
         for lora in (False, True):
             check(zero_stage, lora)
+    check_split(0, False)
+    check_split(3, True)
     dist.barrier()
     os._exit(0)

@@ -154,7 +154,7 @@ def test_a_bad_row_comes_all_the_way_up(tmp_path):
 
 def test_json_output_is_one_object(capsys, monkeypatch):
     from dschat_kit.notebook import doctor
-    from dschat_kit.notebook.doctor import Check
+    from dschat_kit.notebook.diagnosis import Check
     full = Check(name="disk", state="fail", found="full", cure="free some")
     monkeypatch.setattr(doctor, "machine_checks", lambda: [full])
     assert cli.main(["doctor", "--json"]) == 1

@@ -91,6 +91,7 @@ def test_a_section_made_in_python_is_checked_as_well():
     ("my file.jsonl:2, other one.jsonl:0.5", [("my file.jsonl", 2.0), ("other one.jsonl", 0.5)]),
     ("/a:b/rows.jsonl", [("/a:b/rows.jsonl", None)]),
     ("C:rows.jsonl:3", [("C:rows.jsonl", 3.0)]),
+    (r"a\,b.jsonl:3,c", [("a,b.jsonl", 3.0), ("c", None)]),
 ])
 def test_sources_with_weights(text, expected):
     assert Data(sources=text).weighted_sources() == expected
@@ -112,6 +113,8 @@ def test_global_batches_have_to_divide_over_the_ranks():
         pipeline.check_ranks("sft", 3)
     with pytest.raises(ConfigError, match=r"ppo.mini_batch_size: got 32\n.*multiple of 64"):
         pipeline.check_ranks("ppo", 4)
+    with pytest.raises(ConfigError, match=r"inference_tp_size: got 3\n.*divisor of 2 ranks"):
+        pipeline.with_overrides(["rollout.inference_tp_size=3"]).check_ranks("ppo", 2)
 
 
 def test_the_hash_of_a_stage_follows_what_it_reads():

@@ -12,7 +12,7 @@ from fake_run import write_lines
 
 from dschat_kit.machine import Machine
 from dschat_kit.notebook import diagnosis, doctor
-from dschat_kit.notebook.doctor import Check, render
+from dschat_kit.notebook.diagnosis import Check, render
 from dschat_kit.presets import get_preset
 from dschat_kit.runs import write_json
 
@@ -21,7 +21,7 @@ def worst(checks):
     return max((check.state for check in checks), key=("ok", "warn", "fail").index)
 
 
-CPU = Machine(accelerator="cpu", devices=2, cores=2, memory_gb=8.0, bf16=False, torch_build="2.13.0+cpu")
+CPU = Machine(accelerator="cpu", devices=2, cores=2, bf16=False, torch_build="2.13.0+cpu")
 
 
 def test_this_machine_passes_and_torch_stays_out_of_the_process(tmp_path):
@@ -84,22 +84,13 @@ def test_other_versions_are_named_and_builds_are_not(tmp_path):
 
 def test_a_run_root_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    assert doctor._disk(tmp_path / "not" / "yet")[0].state == "ok"
+    assert doctor._disk(tmp_path / "not" / "yet").state == "ok"
     if os.geteuid() == 0:
-        check, = doctor._disk(doctor.Path("/proc/none/runs"))
+        check = doctor._disk(doctor.Path("/proc/none/runs"))
     else:
         tmp_path.chmod(0o500)
-        check, = doctor._disk(tmp_path / "runs")
+        check = doctor._disk(tmp_path / "runs")
     assert check.state == "fail" and "--run-root" in check.cure
-
-
-def test_old_compile_lock_is_found_with_its_path(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    assert doctor._compile_locks() == []
-    (tmp_path / "py311_cpu" / "shm").mkdir(parents=True)
-    (tmp_path / "py311_cpu" / "shm" / "lock").write_text("")
-    check, = doctor._compile_locks()
-    assert check.state == "warn" and str(tmp_path / "py311_cpu" / "shm" / "lock") in check.cure
 
 
 PPO_ROW = {"score_mean": 0.1, "score_std": 1.0, "kl": 0.0, "eos_rate": 0.99, "clip_fraction": 0.05,

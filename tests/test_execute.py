@@ -97,9 +97,8 @@ def test_python_error_of_a_cell_is_quoted(tmp_path, capfd):
 
 def test_unknown_parameter_names_are_refused_before_anything_runs(tmp_path, capfd):
     good = make(tmp_path, "02_supervised_finetuning", "open(run_root + '/reached', 'w')")
-    nbformat.write(new_notebook(cells=[new_code_cell("preset = 'x'", metadata={"tags": ["parameters"]})]),
-                   tmp_path / "03_reward_model.ipynb")
-    books = [good, tmp_path / "03_reward_model.ipynb"]
+    books = [good, make(tmp_path, "03_reward_model")]
+    books[1].write_text(books[1].read_text().replace("run_root:", "root:").replace("set_:", "overrides:"))
     assert execute.run_chain(preset="tiny", run_root=tmp_path / "r", notebooks=books) == 2
     err = capfd.readouterr().err
     assert "03_reward_model.ipynb: got the parameters" in err and "run_root" in err and "set_" in err

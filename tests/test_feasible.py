@@ -13,7 +13,7 @@ from dschat_kit.config import ConfigError, Pipeline
 from dschat_kit.feasible import refuse, weight_names
 from dschat_kit.machine import Machine, resolve
 
-CPU = Machine(accelerator="cpu", devices=2, cores=2, memory_gb=8.0, bf16=False, torch_build="")
+CPU = Machine(accelerator="cpu", devices=2, cores=2, bf16=False, torch_build="")
 AMPERE = dataclasses.replace(CPU, accelerator="cuda", bf16=True)
 TURING = dataclasses.replace(AMPERE, bf16=False)
 

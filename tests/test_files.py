@@ -104,6 +104,13 @@ def test_a_damaged_file_is_an_error_even_when_bad_rows_are_skipped(tmp_path, kin
     assert name in str(caught.value) and "change:" in str(caught.value)
 
 
+def test_an_empty_file_among_others_is_an_error(tmp_path):
+    write(tmp_path / "a.jsonl", LINES)
+    write(tmp_path / "b.jsonl", b"")
+    with pytest.raises(DataError, match="b.jsonl has no rows"):
+        read(tmp_path, bad_rows="skip")
+
+
 def test_a_line_that_is_too_long_is_a_bad_row_and_the_next_one_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "LONGEST", 2**20)
     name = write(tmp_path / "rows.jsonl", b'{"prompt": "' + b"x" * 100_000_000 + b'"}\n' + LINES)
@@ -129,14 +136,21 @@ def test_a_name_of_the_hub(monkeypatch):
                                                    "rejected": f"\n\nHuman: {i}\n\nAssistant: b"} for i in range(2)])
 
     def load(path, **options):
-        asked.append((path, options))
+        asked.append((path, options, datasets.config.HF_HUB_OFFLINE))
         if "revision" not in options:
             raise RuntimeError("Dataset scripts are no longer supported")
-        return datasets.DatasetDict({"test": rows.select([0]), "train": rows.select([1])})
+        return datasets.DatasetDict({"test": rows.select([0]), "train": rows.select([1]), "dev": rows.select([0])})
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert [(r.turns[0][1], r.part) for r in read_source("Anthropic/hh-rlhf", "hh", Data(), 0)] == [("0", "eval"),
-                                                                                                ("1", "")]
-    assert asked == [("Anthropic/hh-rlhf", {}), ("Anthropic/hh-rlhf", {"revision": "refs/convert/parquet"})]
+    monkeypatch.setattr(files, "_hub_answers", lambda: True)
+    assert [(r.turns[0][1], r.part) for r in read_source("Anthropic/hh-rlhf", "hh", Data(), 0)] == [
+        ("0", "eval"), ("0", "eval"), ("1", "")]
+    assert asked == [("Anthropic/hh-rlhf", {}, False),
+                     ("Anthropic/hh-rlhf", {"revision": "refs/convert/parquet"}, False)]
+    monkeypatch.setattr(files, "_hub_answers", lambda: False)
+    assert list(files._load_hub("Cohere/miracl-zh-queries-22-12")) == ["train", "dev"]  # a testB has no judgments
+    assert asked[-1][2] and not datasets.config.HF_HUB_OFFLINE  # its cache is asked, without retries
+    files._load_hub("Hello-SimpleAI/HC3-Chinese")
+    assert asked[-1][1] == {"revision": "refs/convert/parquet", "data_dir": "all"}
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: 1 / 0)
     with pytest.raises(DataError, match="'no/such' cannot be loaded(.|\n)*change"):
         list(read_source("no/such", "no", Data(), 0))

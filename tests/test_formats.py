@@ -17,10 +17,10 @@ def chat(*said):
 MIRACL = {"query_id": "12#0", "query": "why?", "emb": [0.5],
           "positive_passages": [{"docid": "1#0", "text": "good", "title": "t"}],
           "negative_passages": [{"docid": "2#0", "text": "bad", "title": "t"}]}
-MKQA = {"example_id": 1, "query": "why?",
+MKQA = {"example_id": "1", "query": "why?",
         "queries": {"zh_cn": "为什么?", "ja": "なぜ?", "en": "why?"},
-        "answers": {"zh_cn": [{"type": 3, "entity": "Q1", "text": "好", "aliases": []}],
-                    "ja": [{"type": 3, "entity": "Q1", "text": "良い", "aliases": []}]}}
+        "answers": {"zh_cn": [{"type": 0, "entity": "Q1", "text": "好", "aliases": []}],
+                    "ja": [{"type": 0, "entity": "Q1", "text": "良い", "aliases": []}]}}
 WEBGPT = {"dataset": "eli5", "question": {"dataset": "eli5", "id": "1", "full_text": "why?"},
           "quotes_0": {"title": [], "extract": []}, "answer_0": "bad [1]", "tokens_0": {"prefix": [], "completion": []},
           "score_0": -0.5, "quotes_1": {"title": [], "extract": []}, "answer_1": "good (2, 3) answer",
@@ -46,8 +46,8 @@ PUBLISHED = {
                                         "rejected": "Assistant: bad"}, WHY, "good", "bad"),
     "openai/webgpt_comparisons": (WEBGPT, WHY, "good answer", "bad"),
     "stanfordnlp/SHP": (SHP, WHY, "good", "bad"),
-    "pvduy/sharegpt_alpaca_oa_vicuna_format": ({"prompt": "USER: hi ASSISTANT: hello\nUSER: why? ASSISTANT:",
-                                                "label": "good"}, TURNS, "good", ""),
+    "pvduy/sharegpt_alpaca_oa_vicuna_format": ({"prompt": "USER: hi ASSISTANT: hello</s>USER: why? ASSISTANT:",
+                                                "label": "good</s>"}, TURNS, "good", ""),
     "wangrui6/Zhihu-KOL": ({"INSTRUCTION": "why?", "RESPONSE": "good", "SOURCE": "Zhihu", "METADATA": "{}"}, WHY,
                            "good", ""),
     "Cohere/miracl-zh-queries-22-12": (MIRACL, WHY, "good", "bad"),
@@ -83,6 +83,13 @@ def test_margins_are_kept():
     assert next(iter(FORMATS["preference"].pairs({"prompt": "a", "chosen": "b", "rejected": "c"}))).margin is None
 
 
+def test_what_is_no_preference_is_an_answer_to_learn_from():
+    """A tie, and a query that has no negative passage: kept for SFT and PPO, as DeepSpeed-Chat's SFT keeps them."""
+    tie, = HUB["openai/webgpt_comparisons"].pairs(WEBGPT | {"score_0": 0.0, "score_1": 0.0})
+    alone, = HUB["Cohere/miracl-ja-queries-22-12"].pairs(MIRACL | {"negative_passages": []})
+    assert (tie.chosen, tie.rejected, alone.chosen, alone.rejected) == ("bad", "", "good", "")
+
+
 def reply(text, rank, *replies, role="assistant"):
     return {"message_id": text, "text": text, "role": role, "rank": rank, "replies": list(replies), "lang": "en"}
 
@@ -95,6 +102,11 @@ def test_a_ranked_tree_gives_all_pairs_at_every_place():
     pairs = [(p.turns[-1][1], p.chosen, p.rejected, p.margin) for p in FORMATS[guess(row)[0]].pairs(row)]
     assert pairs == [("why?", "best", "middle", 1.0), ("why?", "best", "worst", 2.0), ("why?", "middle", "worst", 1.0),
                      ("and?", "deep good", "deep bad", 1.0)]
+
+
+def test_a_tree_without_a_pair_gives_its_answer():
+    tree = FORMATS["tree"].pairs({"prompt": reply("why?", None, reply("so", None), role="prompter")})
+    assert [(p.chosen, p.rejected) for p in tree] == [("so", "")]
 
 
 @pytest.mark.parametrize("row, form, turns, chosen", [
@@ -119,9 +131,8 @@ def test_a_format_is_known_by_its_columns(row, form):
 
 
 def test_other_common_names_are_guessed_and_nothing_else():
-    assert guess(["question", "answer"]) == ("response", {"prompt": "question", "response": "answer"})
-    assert guess(["question", "preferred", "worse"])[1] == {"prompt": "question", "chosen": "preferred",
-                                                           "rejected": "worse"}
+    assert guess(["question", "answer"]) == ("response", ["question", "answer"])
+    assert guess(["question", "preferred", "worse"]) == ("preference", ["question", "preferred", "worse"])
     assert guess(["a", "b"]) is None
 
 
@@ -133,10 +144,15 @@ def test_other_common_names_are_guessed_and_nothing_else():
     ("messages", {"messages": "text"}, "no list of messages"), ("messages", {"messages": []}, "without a known role"),
     ("messages", {"messages": [{"role": "tool", "content": "x"}]}, "without a known role"),
     ("tree", {"message_tree_id": "t", "prompt": {"text": "x"}}, "no tree of messages"),
-    ("miracl", MIRACL | {"negative_passages": []}, "without a positive and a negative"),
+    ("tree", {"prompt": reply("why?", None, role="prompter")}, "a tree without an answer"),
+    ("tree", {"prompt": reply("why?", None, reply(" ", 0), role="prompter")}, "'text' is no text"),
+    ("miracl", MIRACL | {"positive_passages": []}, "'positive_passages.text' is no text"),
+    ("webgpt", WEBGPT | {"answer_0": "[1]"}, "'answer_0' is no text"),
+    ("yitingxie/rlhf-reward-datasets", {"prompt": "a", "chosen": "b", "rejected": "Assistant: "}, "'rejected' is no"),
+    ("pvduy/sharegpt_alpaca_oa_vicuna_format", {"prompt": "a", "label": "</s>"}, "'label' is no text"),
     ("response", {"prompt": "why?", "response": 3}, "'response' is no text"),
 ])
 def test_a_row_that_does_not_fit_says_why(form, row, reason):
     with pytest.raises(BadRow) as caught:
-        list(FORMATS[form].pairs(row))
+        list((FORMATS | HUB)[form].pairs(row))
     assert reason in caught.value.reason

@@ -172,4 +172,4 @@ def test_two_ranks_at_every_zero_stage(tmp_path):
     done = subprocess.run(job, env=environment() | {"PYTHONPATH": f"{tests.parent}:{tests}"}, capture_output=True,
                           text=True, timeout=550)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    assert done.stdout.count("all is well") == 8
+    assert done.stdout.count("all is well") == 8 and done.stdout.count("split is whole") == 2

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dschat_kit.notebook.launch import TAG, child_command, child_environment
-from dschat_kit.notebook.lines import View
+from dschat_kit.notebook.report import View
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the launcher is Linux only")
 LAUNCH = [sys.executable, "-m", "dschat_kit.notebook.launch", "--"]

@@ -9,16 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dschat_kit.config import ConfigError
-from dschat_kit.data.prompts import (
-    ASSISTANT,
-    HUMAN,
-    PromptStyle,
-    dialogue_text,
-    prompt_text,
-    question_of,
-    response_text,
-)
+from dschat_kit.data.prompts import ASSISTANT, HUMAN, PromptStyle, dialogue_text, question_of, turns_of
 from dschat_kit.data.tokenizer import encode, open_tokenizer, train_tokenizer
+
+
+def prompt_text(text):
+    return dialogue_text(turns_of(text))
+
+
+response_text = PromptStyle().response
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -26,6 +25,9 @@ from dschat_kit.data.tokenizer import encode, open_tokenizer, train_tokenizer
     ("  why? \n", "\n\nHuman: why?\n\nAssistant:"),
     ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c", "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"),
     ("\n\nHuman: a\n\nAssistant: ", "\n\nHuman: a\n\nAssistant:"),
+    ("Human: a Assistant: b\nHuman: c Assistant:", "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"),
+    ("Human: is Human: a name?\n\nAssistant:", "\n\nHuman: is Human: a name?\n\nAssistant:"),
+    ("who said Human: a Assistant:", "\n\nHuman: who said Human: a Assistant:\n\nAssistant:"),
 ])
 def test_every_prompt_ends_where_the_assistant_speaks(text, expected):
     assert prompt_text(text) == expected

@@ -55,10 +55,9 @@ def _write_sources(folder: Path, rows: int, tokenizer) -> list[str]:
     rng, facts = random.Random(0), toy.all_facts()
     answers = [toy.write_answer(rng.sample(facts, 2), rng) for _ in range(2000)]
     tokens = len(tokenizer("".join(answers), add_special_tokens=False)["input_ids"]) / len(answers)
-    pick, files = max(1, round((TOKENS - 20) / 3 / tokens)), []
-    for source in range(SOURCES):
-        files.append(str(folder / f"source{source}.jsonl"))
-        with open(files[-1], "w", encoding="utf-8") as file:
+    pick, files = max(1, round((TOKENS - 20) / 3 / tokens)), [f"{folder}/source{i}.jsonl" for i in range(SOURCES)]
+    for source, name in enumerate(files):
+        with open(name, "w", encoding="utf-8") as file:
             for number in range(source, rows, SOURCES):
                 prompt, chosen, rejected = ("".join(rng.choices(answers, k=pick)) for _ in range(3))
                 file.write(json.dumps({"prompt": f"\n\nHuman: {number}{prompt}\n\nAssistant:", "chosen": chosen,

@@ -11,24 +11,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dschat_kit.config import ConfigError
 from dschat_kit.data.splits import epoch_order
 from dschat_kit.data.store import open_rows
 
 __all__ = ["PromptBatch", "SequenceBatch", "StepSampler", "TokenRows", "by_length", "chunks", "packed_sft_batch",
-           "pad_prompts", "pad_sequences", "preference_batch", "rank_share", "sft_batch"]
+           "pad_prompts", "preference_batch", "rank_share", "sft_batch"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceBatch:
     """Prompt + response, padded on the right."""
-    sequences: Tensor
-    """(B, T) int64"""
-    attention_mask: Tensor
-    """(B, T) bool: a real token"""
-    response_mask: Tensor
-    """(B, T) bool: a real token of the response, its EOS included"""
+    sequences: Tensor  # (B, T) int64
+    attention_mask: Tensor  # (B, T) bool: a real token
+    response_mask: Tensor  # (B, T) bool: a real token of the response, its EOS included
     position_ids: Tensor | None = None
     """(B, T) int64 for packed rows: begins again at 0 with every row, which is how attention knows where one ends"""
 
@@ -41,12 +39,9 @@ class SequenceBatch:
 @dataclass(frozen=True, kw_only=True)
 class PromptBatch:
     """Prompts, padded on the left, with what is needed to follow and to seed each row."""
-    prompt_ids: Tensor
-    """(B, P) int64"""
-    attention_mask: Tensor
-    """(B, P) bool: a real token"""
-    row_ids: list[int]
-    """Row of the prompt table, one a prompt"""
+    prompt_ids: Tensor  # (B, P) int64
+    attention_mask: Tensor  # (B, P) bool: a real token
+    row_ids: list[int]  # row of the prompt table, one a prompt
     sample_ids: list[str]
     prompts: list[str]
 
@@ -104,70 +99,54 @@ def by_length(rows: list[dict]) -> list[dict]:
     return sorted(rows, key=lambda row: len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])))
 
 
-def pad_sequences(prompts: list[list[int]], responses: list[list[int]], pad_id: int) -> SequenceBatch:
-    """Join and pad on the right."""
-    width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-    sequences = torch.full((len(prompts), width), pad_id, dtype=torch.long)
-    attention_mask = torch.zeros(len(prompts), width, dtype=torch.bool)
-    response_mask = torch.zeros_like(attention_mask)
-    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        end = len(prompt) + len(response)
-        sequences[i, :end] = torch.tensor(prompt + response)
-        attention_mask[i, :end] = True
-        response_mask[i, len(prompt):end] = True
-    return SequenceBatch(sequences=sequences, attention_mask=attention_mask, response_mask=response_mask)
+def _sequences(lines: list[list[tuple[list[int], list[int]]]], pad_id: int, packed: bool = False) -> SequenceBatch:
+    """A sequence of each line's (prompt, response) rows. The first token of a row is not predicted: no response has it.
+    """
+    def padded(value, fill=0) -> Tensor:
+        """(B, T) of value(prompt, response), a tensor as long as the row."""
+        return pad_sequence([torch.cat([value(*row) for row in line]) for line in lines], True, fill)
+    return SequenceBatch(
+        sequences=padded(lambda p, r: torch.tensor(p + r), pad_id),
+        attention_mask=padded(lambda p, r: torch.ones(len(p) + len(r), dtype=torch.bool)),
+        response_mask=padded(lambda p, r: torch.arange(len(p) + len(r)) >= max(1, len(p))),
+        position_ids=padded(lambda p, r: torch.arange(len(p) + len(r))) if packed else None)
 
 
 def sft_batch(rows: list[dict], pad_id: int) -> SequenceBatch:
     """Prompts with their chosen responses."""
-    return pad_sequences([r["prompt_ids"] for r in rows], [r["chosen_ids"] for r in rows], pad_id)
+    return _sequences([[(r["prompt_ids"], r["chosen_ids"])] for r in rows], pad_id)
 
 
 def packed_sft_batch(rows: list[dict], pad_id: int) -> SequenceBatch:
     """`sft_batch` with several short rows in one sequence, none longer than the longest row (first fit decreasing).
 
-    For models that keep packed rows apart (models.loading.can_pack); the first token of a row is not predicted.
+    For models that keep packed rows apart (models.loading.can_pack).
     """
-    lengths = [len(r["prompt_ids"]) + len(r["chosen_ids"]) for r in rows]
-    width, bins, free = max(lengths), [], []
-    for i in sorted(range(len(rows)), key=lambda i: -lengths[i]):
-        fit = next((b for b, room in enumerate(free) if room >= lengths[i]), len(bins))
-        if fit == len(bins):
-            bins.append([])
-            free.append(width)
-        bins[fit].append(i)
-        free[fit] -= lengths[i]
-    shape = len(bins), width
-    sequences = torch.full(shape, pad_id)
-    positions = torch.zeros(shape, dtype=torch.long)
-    real, response = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
-    for line, members in enumerate(bins):
-        end = 0
-        for i in members:
-            start, end = end, end + lengths[i]
-            sequences[line, start:end] = torch.tensor(rows[i]["prompt_ids"] + rows[i]["chosen_ids"])
-            positions[line, start:end] = torch.arange(lengths[i])
-            real[line, start:end] = True
-            response[line, start + max(1, len(rows[i]["prompt_ids"])):end] = True
-    return SequenceBatch(sequences=sequences, attention_mask=real, response_mask=response, position_ids=positions)
+    pairs = sorted(((r["prompt_ids"], r["chosen_ids"]) for r in rows), key=lambda pair: -len(pair[0] + pair[1]))
+    lines, free = [], []
+    for prompt, response in pairs:
+        length = len(prompt) + len(response)
+        fit = next((i for i, room in enumerate(free) if room >= length), len(lines))
+        if fit == len(lines):
+            lines.append([])
+            free.append(len(pairs[0][0]) + len(pairs[0][1]))
+        lines[fit].append((prompt, response))
+        free[fit] -= length
+    return _sequences(lines, pad_id, packed=True)
 
 
 def preference_batch(rows: list[dict], pad_id: int) -> SequenceBatch:
     """2B sequences: the chosen responses in the first half, the rejected ones of the same prompts in the second."""
-    prompts = [r["prompt_ids"] for r in rows]
-    return pad_sequences(prompts + prompts, [r["chosen_ids"] for r in rows] + [r["rejected_ids"] for r in rows], pad_id)
+    return _sequences([[(r["prompt_ids"], r[side])] for side in ("chosen_ids", "rejected_ids") for r in rows], pad_id)
 
 
 def pad_prompts(rows: list[dict], row_ids, pad_id: int) -> PromptBatch:
     """Prompts padded on the left, so that every response begins in the same column."""
-    width = max(len(r["prompt_ids"]) for r in rows)
-    prompt_ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        prompt_ids[i, width - len(row["prompt_ids"]):] = torch.tensor(row["prompt_ids"])
-        mask[i, width - len(row["prompt_ids"]):] = True
-    return PromptBatch(prompt_ids=prompt_ids, attention_mask=mask, row_ids=[int(i) for i in row_ids],
-                       sample_ids=[r["sample_id"] for r in rows], prompts=[r["prompt"] for r in rows])
+    ids = [torch.tensor(row["prompt_ids"]) for row in rows]
+    return PromptBatch(
+        prompt_ids=pad_sequence(ids, True, pad_id, "left"), row_ids=[int(i) for i in row_ids],
+        attention_mask=pad_sequence([torch.ones(len(p), dtype=torch.bool) for p in ids], True, False, "left"),
+        sample_ids=[r["sample_id"] for r in rows], prompts=[r["prompt"] for r in rows])
 
 
 def chunks(items, size: int) -> Iterator:

@@ -7,6 +7,7 @@ import json
 import lzma
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dschat_kit.data.formats import HUB, BadRow
@@ -29,25 +30,47 @@ class DataError(RunError):
 def raw_rows(name: str) -> Rows:
     """All rows of a local file, folder or glob, or of a data set of the Hub. Raises DataError."""
     if not (files := source_files(name)):
-        return _hub(name)
-    saved = any((Path(name) / mark).exists() for mark in ("state.json", "dataset_dict.json"))
-    return _saved(Path(name)) if saved else _local(files)
+        return _splits(name, _load_hub(name))
+    if not any((Path(name) / mark).exists() for mark in ("state.json", "dataset_dict.json")):
+        return _local(files)
+    import datasets
+    with _reading(f"{name} cannot be read", "a whole folder of save_to_disk"):
+        found = datasets.load_from_disk(name)
+    return _splits(Path(name).name, found if isinstance(found, dict) else {"train": found})
+
+
+@contextmanager
+def _reading(failed: str, expected: str) -> Iterator[None]:
+    """The library raises errors of many kinds; each means that a source cannot be read to its end."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ or error
+        said = "the Hub does not answer" if isinstance(error, ConnectionError) else \
+            f"{type(cause).__name__}: {str(cause).partition(chr(10))[0][:300]}"
+        raise DataError(f"data.sources: {failed}: {said}\n  expected: {expected}\n"
+                        "  change:   it, or --set data.sources=PATH") from error
 
 
 def _local(files: list[Path]) -> Rows:
     parts = {file: "eval" if held_out(file) and len(files) > 1 else "" for file in files}
     for file in sorted(files, key=lambda f: not parts[f]):  # training rows last: data.rows bounds them
+        empty = True  # one of several may be so because it was never written to its end
         try:
-            yield from ((place, parts[file], row) for place, row in _read(file))
+            for place, row in _read(file):
+                empty = False
+                yield place, parts[file], row
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             said = f"{getattr(error, 'strerror', None) or error}" or "the file ends too early"
             raise DataError(f"data.sources: {file} cannot be read: {said}\n"
                             "  change: the file or its permissions, or --set data.sources=PATH") from error
+        if empty:
+            raise DataError(f"data.sources: {file} has no rows\n  expected: at least one\n"
+                            "  change:   the file, or --set data.sources=PATH")
 
 
 def _read(file: Path) -> Iterator[tuple[str, object]]:
-    kind = next((s for s in reversed(file.suffixes) if s not in OPEN), "")
-    opened = OPEN.get(file.suffix, open)
+    kind, opened = next((s for s in reversed(file.suffixes) if s not in OPEN), ""), OPEN.get(file.suffix, open)
     if kind in BUILDERS and kind != ".json":
         return _by_library(file, BUILDERS[kind])
     with opened(file, "rb") as stream:
@@ -84,46 +107,36 @@ def _by_library(file: Path, builder: str) -> Iterator[tuple[str, object]]:
     import datasets
     if not file.stat().st_size:
         return
-    try:
+    with _reading(f"{file} cannot be read as {builder}", "a whole file, text in UTF-8"):
         rows = datasets.load_dataset(builder, data_files=str(file), split="train", streaming=True,
                                      **OPTIONS.get(builder, {}))
         for number, row in enumerate(rows, start=1):
             yield f"{file.name}, row {number}", row
-    except Exception as error:  # the library raises many kinds; each means that the file cannot be read to its end
-        cause = error.__cause__ or error
-        raise DataError(f"data.sources: {file} cannot be read as {builder}: {type(cause).__name__}: "
-                        f"{str(cause).partition(chr(10))[0][:300]}\n"
-                        "  expected: a whole file in UTF-8\n  change: the file, or --set data.sources=PATH") from error
-
-
-def _saved(folder: Path) -> Rows:
-    import datasets
-    try:
-        found = datasets.load_from_disk(str(folder))
-    except Exception as error:  # as above
-        raise DataError(f"data.sources: {folder} cannot be read: {str(error).partition(chr(10))[0]}\n"
-                        "  expected: a folder of save_to_disk\n  change: --set data.sources=PATH") from error
-    return _splits(folder.name, found if isinstance(found, dict) else {"train": found})
-
-
-def _hub(name: str) -> Rows:
-    return _splits(name, _load_hub(name))
 
 
 def _load_hub(name: str) -> dict:
     import datasets
-    known = dict(HUB[name].hub) if name in HUB else {}
-    path, only = known.pop("path", name), known.pop("splits", "")
+    known = {"path": name} | (HUB[name].hub if name in HUB else {})
+    only, offline = known.pop("splits", ""), datasets.config.HF_HUB_OFFLINE
     try:
-        try:
-            found = datasets.load_dataset(path, **known)
-        except RuntimeError:  # it would need code of a stranger, which is never run: the Hub has its rows without
-            found = datasets.load_dataset(path, revision="refs/convert/parquet", **known)
-        return {split: found[split] for split in (only.split(",") if only else found)}
-    except Exception as error:  # as above
-        raise DataError(f"data.sources: {name!r} cannot be loaded: {str(error).partition(chr(10))[0]}\n"
-                        "  expected: toy, a local file or folder, or a data set of a reachable Hub\n"
-                        "  change: --set data.sources=PATH") from error
+        datasets.config.HF_HUB_OFFLINE = offline or not _hub_answers()  # then its cache is asked, without retries
+        with _reading(f"{name!r} cannot be loaded", "toy, a local file, a folder (./NAME), or a data set of the Hub"):
+            try:
+                found = datasets.load_dataset(**known)
+            except RuntimeError:  # it would need code of a stranger, which is never run: the Hub has its rows without
+                found = datasets.load_dataset(revision="refs/convert/parquet", **known)
+            return {split: found[split] for split in (only.split(",") if only else found)}
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+
+
+def _hub_answers() -> bool:
+    from huggingface_hub import constants, get_session
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+        return True
+    except Exception:  # noqa: BLE001 the kind is that of the version's HTTP library; whichever, there is no answer
+        return False
 
 
 def _splits(name: str, parts: dict) -> Rows:

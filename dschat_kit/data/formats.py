@@ -5,8 +5,9 @@ A format names the columns it needs and turns a row into pairs. A row that canno
 
 import itertools
 import re
+import reprlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from dschat_kit.data.prompts import ASSISTANT, HUMAN, Turn, split_dialogue, turns_of
@@ -24,28 +25,24 @@ class BadRow(ValueError):
 
 class Pair(NamedTuple):
     """A dialogue and what came next."""
-    turns: list[Turn]
-    """Empty for plain text."""
+    turns: list[Turn]  # empty for plain text
     chosen: str
-    rejected: str = ""
-    """Empty where a row has one response only."""
-    margin: float | None = None
-    """By how much the chosen one is better, in the units of the source."""
+    rejected: str = ""  # empty where a row has one response only
+    margin: float | None = None  # by how much the chosen one is better, in the units of the source
 
 
 @dataclass(frozen=True)
 class Format:
     needs: tuple[str, ...]
     pairs: Callable[[dict], Iterable[Pair]]
-    hub: tuple[tuple[str, str], ...] = ()
-    """How the Hub names it: path, name (its configuration), splits (those that are read)."""
+    hub: dict[str, str] = field(default_factory=dict)
+    """How the Hub has it: path, data_dir, splits (those that are read)."""
 
 
 def _text(row: dict, name: str) -> str:
     value = row[name]
     if not isinstance(value, str) or not value.strip():
-        shown = repr(value) if len(repr(value)) < 200 else repr(value)[:200] + "..."
-        raise BadRow(f"{name!r} is no text", f"{name!r} is {shown}\n  expected: text that is not empty")
+        raise BadRow(f"{name!r} is no text", f"{name!r} is {reprlib.repr(value)}\n  expected: text that is not empty")
     return value
 
 
@@ -68,6 +65,10 @@ def _answered(turns: list[Turn], name: str) -> tuple[list[Turn], str]:
     return turns[:-1], turns[-1][1]
 
 
+def _chat(column: str) -> Format:
+    return Format((column,), lambda row: [Pair(*_answered(_messages(row, column), column))])
+
+
 def _asked(row: dict, name: str = "prompt") -> list[Turn]:
     return turns_of(_text(row, name))
 
@@ -79,74 +80,67 @@ def _margin(row: dict) -> float | None:
 
 def _preference(row: dict) -> Iterable[Pair]:
     if isinstance(row["chosen"], list):  # UltraFeedback, binarised: both sides repeat the question
-        (turns, chosen), (other, rejected) = (_answered(_messages(row, side), side) for side in ("chosen", "rejected"))
-        if turns != other:
-            raise BadRow("chosen and rejected answer different prompts")
-        return [Pair(turns, chosen, rejected, _margin(row))]
+        return _same_prompt(row, _messages)
     return [Pair(_asked(row), _text(row, "chosen"), _text(row, "rejected"), _margin(row))]
 
 
-def _transcripts(row: dict) -> Iterable[Pair]:
-    sides = [_answered(split_dialogue(_text(row, side)), side) for side in ("chosen", "rejected")]
-    if sides[0][0] != sides[1][0]:
+def _same_prompt(row: dict, dialogue: Callable[[dict, str], list[Turn]]) -> Iterable[Pair]:
+    (turns, chosen), (other, rejected) = (_answered(dialogue(row, side), side) for side in ("chosen", "rejected"))
+    if turns != other:
         raise BadRow("chosen and rejected answer different prompts")
-    return [Pair(sides[0][0], sides[0][1], sides[1][1], _margin(row))]
+    return [Pair(turns, chosen, rejected, _margin(row))]
 
 
 def _tree(row: dict) -> Iterable[Pair]:
-    """All pairs of ranked answers at every place of a tree of messages; rank 0 is the best (OpenAssistant)."""
+    """All pairs of ranked answers at every place of a tree of messages, rank 0 being the best (OpenAssistant). Where
+    there is no such pair, the best or only answer."""
     def walk(message: dict, before: list[Turn]) -> Iterable[Pair]:
         """Pairs of the answers to `message`, which follows the turns `before`, and of all that comes below it."""
         role = {"prompter": "user"}.get(message["role"], message["role"])
-        turns, replies = [*before, (role, message["text"])], message.get("replies") or []
-        ranked = sorted((r for r in replies if r["role"] == "assistant" and r.get("rank") is not None),
-                        key=lambda reply: reply["rank"])
-        for better, worse in itertools.combinations(ranked, 2):
-            if better["rank"] < worse["rank"]:
-                yield Pair(turns, better["text"], worse["text"], float(worse["rank"] - better["rank"]))
+        turns, replies = [*before, (role, _text(message, "text"))], message.get("replies") or []
+        answers = [reply for reply in replies if reply["role"] == "assistant"]
+        ranked = sorted((a for a in answers if a.get("rank") is not None), key=lambda answer: answer["rank"])
+        pairs = [Pair(turns, _text(better, "text"), _text(worse, "text"), float(worse["rank"] - better["rank"]))
+                 for better, worse in itertools.combinations(ranked, 2) if better["rank"] < worse["rank"]]
+        yield from pairs or [Pair(turns, _text(answer, "text")) for answer in (ranked or answers)[:1]]
         for reply in replies:
             yield from walk(reply, turns)
     try:
-        return list(walk(row["prompt"], []))
+        pairs = list(walk(row["prompt"], []))
     except (TypeError, KeyError, AttributeError):
         raise BadRow("'prompt' is no tree of messages with text, role and replies") from None
+    if not pairs:
+        raise BadRow("a tree without an answer")
+    return pairs
 
 
 def _webgpt(row: dict) -> Iterable[Pair]:
-    answers = [re.sub(r" ?[\(\[].*?[\)\]]", "", _text(row, name)) for name in ("answer_0", "answer_1")]
+    """Citations such as [1] are cut out. A score of 0 is a tie: an answer to learn from, and no preference."""
+    clean = {name: re.sub(r" ?[\(\[].*?[\)\]]", "", _text(row, name)) for name in ("answer_0", "answer_1")}
+    answers = [_text(clean, name) for name in clean]
     gap = float(row["score_0"]) - float(row["score_1"])
     chosen, rejected = answers if gap >= 0 else answers[::-1]
-    return [Pair([("user", _text(row["question"], "full_text"))], chosen, rejected, abs(gap))]
+    return [Pair([("user", _text(row["question"], "full_text"))], chosen, rejected if gap else "", abs(gap))]
 
 
 def _shp(row: dict) -> Iterable[Pair]:
     answers = [_text(row, name) for name in ("human_ref_A", "human_ref_B")]
-    chosen, rejected = answers if int(row["labels"]) == 1 else answers[::-1]
-    known = row.get("score_A") is not None and row.get("score_B") is not None
-    return [Pair([("user", _text(row, "history"))], chosen, rejected,
-                 abs(float(row["score_A"]) - float(row["score_B"])) if known else None)]
-
-
-def _marked(text: str) -> list[Turn]:
-    turns = split_dialogue("\n\n" + text.strip())
-    return turns if any(role == "user" for role, _ in turns) else [("user", text)]
+    scores = [row.get(name) for name in ("score_A", "score_B")]
+    return [Pair([("user", _text(row, "history"))], *(answers if int(row["labels"]) == 1 else answers[::-1]),
+                 None if None in scores else abs(float(scores[0]) - float(scores[1])))]
 
 
 def _yitingxie(row: dict) -> Iterable[Pair]:
-    chosen, rejected = (_text(row, side).strip().removeprefix("Assistant:") for side in ("chosen", "rejected"))
-    return [Pair(_marked(_text(row, "prompt")), chosen, rejected)]
+    clean = {side: _text(row, side).strip().removeprefix("Assistant:") for side in ("chosen", "rejected")}
+    return [Pair(_asked(row), *(_text(clean, side) for side in clean))]
 
 
 def _vicuna(row: dict) -> Iterable[Pair]:
-    text = re.sub(r"(?:^|\s+)USER:", HUMAN, re.sub(r"\s+ASSISTANT:", ASSISTANT, _text(row, "prompt")))
-    return [Pair(_marked(text), _text(row, "label"))]
-
-
-def _miracl(row: dict) -> Iterable[Pair]:
-    good, bad = row["positive_passages"], row["negative_passages"]
-    if not good or not bad:
-        raise BadRow("a query without a positive and a negative passage")
-    return [Pair([("user", _text(row, "query"))], _text(good[0], "text"), _text(bad[0], "text"))]
+    """USER: and ASSISTANT:, whose answers end with </s>."""
+    text = re.sub(r"\s+ASSISTANT:", ASSISTANT, re.sub(r"(^|</s>|\s)\s*USER:", HUMAN, _text(row, "prompt")))
+    turns = split_dialogue(text.replace("</s>", ""))
+    answer = _text({"label": _text(row, "label").removesuffix("</s>")}, "label")
+    return [Pair(turns if HUMAN in text else [("user", text)], answer)]
 
 
 def _instruction(row: dict) -> Iterable[Pair]:
@@ -155,34 +149,36 @@ def _instruction(row: dict) -> Iterable[Pair]:
     return [Pair([("user", question)], _text(row, "output" if "output" in row else "response"))]
 
 
-def _mkqa(language: str) -> Format:
-    def pairs(row: dict) -> Iterable[Pair]:
-        return [Pair([("user", _text(row["queries"], language))], _text(row["answers"][language][0], "text"))]
-    return Format(("queries", "answers"), pairs, hub=(("path", "apple/mkqa"),))
-
-
 def _plain(prompt: str, chosen: str, rejected: str = "") -> Format:
-    """Columns that hold one question and one text each; of a list of texts the first is taken."""
-    def pairs(row: dict) -> Iterable[Pair]:
-        row = {name: row[name][0] if isinstance(row[name], list) and row[name] else row[name] for name in needs}
-        return [Pair([("user", _text(row, prompt))], _text(row, chosen), _text(row, rejected) if rejected else "")]
-    needs = tuple(filter(None, (prompt, chosen, rejected)))
-    return Format(needs, pairs)
+    """Columns that hold one question and one text each; `a.b` is b inside of a, and of a list the first is taken.
+
+    A row whose list of rejected texts is empty has one response.
+    """
+    def text(row: dict, path: str) -> str:
+        """What stands at `path`. Raises BadRow."""
+        found = row
+        for name in path.split("."):
+            found = found if found == [] else found[name]
+            found = found[0] if isinstance(found, list) and found else found
+        return "" if path == rejected and found == [] else _text({path: found}, path)
+    needs = tuple(path.partition(".")[0] for path in (prompt, chosen, rejected) if path)
+    return Format(needs, lambda row: [Pair([("user", text(row, prompt))], text(row, chosen),
+                                           text(row, rejected) if rejected else "")])
 
 
 FORMATS: dict[str, Format] = {
     "preference": Format(("prompt", "chosen", "rejected"), _preference),
-    "transcripts": Format(("chosen", "rejected"), _transcripts),
+    "transcripts": Format(("chosen", "rejected"),
+                          lambda row: _same_prompt(row, lambda row, side: split_dialogue(_text(row, side)))),
     "tree": Format(("message_tree_id", "prompt"), _tree),
-    "messages": Format(("messages",), lambda row: [Pair(*_answered(_messages(row, "messages"), "messages"))]),
-    "sharegpt": Format(("conversations",),
-                       lambda row: [Pair(*_answered(_messages(row, "conversations"), "conversations"))]),
+    "messages": _chat("messages"),
+    "sharegpt": _chat("conversations"),
     "alpaca": Format(("instruction", "output"), _instruction),
     "dolly": Format(("instruction", "response"), _instruction),
     "response": Format(("prompt", "response"), lambda row: [Pair(_asked(row), _text(row, "response"))]),
     "webgpt": Format(("question", "answer_0", "answer_1", "score_0", "score_1"), _webgpt),
     "shp": Format(("history", "human_ref_A", "human_ref_B", "labels"), _shp),
-    "miracl": Format(("query", "positive_passages", "negative_passages"), _miracl),
+    "miracl": _plain("query", "positive_passages.text", "negative_passages.text"),
     "text": Format(("text",), lambda row: [Pair([], _text(row, "text"))]),
 }
 """In the order in which they are tried on a file whose format nobody has named."""
@@ -196,34 +192,32 @@ HUB: dict[str, Format] = {
     "stanfordnlp/SHP": FORMATS["shp"],
     "pvduy/sharegpt_alpaca_oa_vicuna_format": Format(("prompt", "label"), _vicuna),
     "wangrui6/Zhihu-KOL": _plain("INSTRUCTION", "RESPONSE"),
-    "Cohere/miracl-zh-queries-22-12": FORMATS["miracl"],
-    "Cohere/miracl-ja-queries-22-12": FORMATS["miracl"],
-    "Hello-SimpleAI/HC3-Chinese": replace(_plain("question", "human_answers"), hub=(("name", "all"),)),
-    "mkqa-Chinese": _mkqa("zh_cn"),
-    "mkqa-Japanese": _mkqa("ja"),
+    "Cohere/miracl-zh-queries-22-12": replace(FORMATS["miracl"], hub={"splits": "train,dev"}),
+    "Cohere/miracl-ja-queries-22-12": replace(FORMATS["miracl"], hub={"splits": "train,dev"}),
+    "Hello-SimpleAI/HC3-Chinese": replace(_plain("question", "human_answers"), hub={"data_dir": "all"}),
+    "mkqa-Chinese": replace(_plain("queries.zh_cn", "answers.zh_cn.text"), hub={"path": "apple/mkqa"}),
+    "mkqa-Japanese": replace(_plain("queries.ja", "answers.ja.text"), hub={"path": "apple/mkqa"}),
     "lmqg/qg_jaquad": _plain("question", "sentence"),
     "lmqg/qag_jaquad": _plain("questions", "paragraph"),
     "Anthropic/hh-rlhf": FORMATS["transcripts"],
     "HuggingFaceH4/ultrafeedback_binarized": replace(FORMATS["preference"],
-                                                     hub=(("splits", "train_prefs,test_prefs"),)),
+                                                     hub={"splits": "train_prefs,test_prefs"}),
     "tatsu-lab/alpaca": FORMATS["alpaca"],
     "databricks/databricks-dolly-15k": FORMATS["dolly"],
 }
 """Data sets whose columns are known by name; any other one is guessed at as a file is."""
 
-
 SYNONYMS = {"prompt": ("question", "query", "instruction", "input"), "chosen": ("preferred", "accepted", "better"),
             "rejected": ("dispreferred", "worse"), "response": ("answer", "completion", "output", "target")}
 
 
-def guess(columns: Iterable[str]) -> tuple[str, dict[str, str]] | None:
-    """(the first format whose columns are all there, {its column: that of the file}); other common names are tried
-    when no format fits the names as they are."""
+def guess(columns: Iterable[str]) -> tuple[str, list[str]] | None:
+    """(the first format whose columns are all there, the file's names for them); other common names are tried when no
+    format fits the names as they are."""
     present = set(columns)
-    other = {name: next((s for s in SYNONYMS.get(name, ()) if s in present), name) for name in SYNONYMS}
-    for names in ({}, other):
-        for form, needs in ((form, FORMATS[form].needs) for form in FORMATS):
-            found = {name: name if name in present else names.get(name, name) for name in needs}
-            if present.issuperset(found.values()):
-                return form, found
+    for synonyms in ({}, SYNONYMS):
+        for name, form in FORMATS.items():
+            found = [next((s for s in (need, *synonyms.get(need, ())) if s in present), "") for need in form.needs]
+            if all(found):
+                return name, found
     return None

@@ -24,7 +24,7 @@ from dschat_kit.config import ConfigError, Data, Pipeline
 from dschat_kit.data import sources
 from dschat_kit.data.files import hub_fingerprint
 from dschat_kit.data.prompts import PromptStyle
-from dschat_kit.data.selection import SIDES, Numbers, account_of, blend_rows, filter_rows, place_rows
+from dschat_kit.data.selection import ALL, SIDES, Numbers, account_of, blend_rows, filter_rows, place_rows
 from dschat_kit.data.sources import DataError, labels_of, load_module, read_source
 from dschat_kit.data.splits import key_words
 from dschat_kit.data.store import cached, intact, place, table_writer
@@ -34,6 +34,7 @@ from dschat_kit.runs import RunError, StageRun, cannot, read_json, write_json
 __all__ = ["build_stage_data", "collect_records", "tokenizer_of", "write_rows", "write_tokens"]
 
 BATCH = 1000
+KINDS = dict(source="h", held="Q", stage="Q", paired="b", text="b", eval="b", margin="d", content="Q")
 
 
 def build_stage_data(run: StageRun, report=print) -> dict:
@@ -111,22 +112,23 @@ def write_rows(folder: Path, pipeline: Pipeline, tokenizer, style: PromptStyle, 
         PromptStyle(tokenizer, system=data.system)  # it carries the template of Human/Assistant text
     tokenizer.save_pretrained(folder / "tokenizer")
     step(2)
-    total = len(part)
 
     def progress(done: int) -> None:
-        report(f"data  [{'#' * (20 * done // total):20}] {done} of {total} rows tokenised")
+        report(f"data  [{'#' * (20 * done // len(part)):20}] {done} of {len(part)} rows tokenised")
     numbers |= write_tokens(records, folder / "rows" / "table.arrow", tokenizer, data, progress)
     records.unlink()
-    filtered = filter_rows(numbers, part, data, labels)
-    if filtered:
+    reasons = filter_rows(numbers, part, data, labels)
+    if reasons:
         orders = blend_rows(numbers, part, labels, weights, data, pipeline.seed)
+    held_out = dict(zip(labels, left_out.pop("held out").tolist(), strict=True))
+    reasons += {reason: int(counts.sum()) for reason, counts in left_out.items()}
     for name, order in orders.items():
         np.save(folder / "rows" / f"{name}.npy", order)
         report(f"data  {name:<6} {len(order):>7} rows")
+        unused = "held out, not evaluated on" if name == "eval" else "beyond the weights of the blend"
+        reasons[unused] += int((part == ALL.index(name)).sum()) - len(order)
     step(3)
-    held_out = dict(zip(labels, left_out.pop("held out").tolist(), strict=True))
-    filtered |= {reason: int(counts.sum()) for reason, counts in left_out.items() if counts.any()}
-    account |= account_of(numbers, orders, labels) | {"vocabulary": len(tokenizer), "left_out": filtered,
+    account |= account_of(numbers, orders, labels) | {"vocabulary": len(tokenizer), "left_out": +reasons,
                                                      "dropped_because_held_out": held_out,
                                                      "markers_defused": style.defused}
     report("data  longer than the limits, cut: "
@@ -138,9 +140,8 @@ def write_rows(folder: Path, pipeline: Pipeline, tokenizer, style: PromptStyle, 
 def collect_records(path: Path, pipeline: Pipeline, style: PromptStyle, report) -> tuple[Numbers, list[str], dict]:
     """Write the exact texts of all usable rows to `path`; returns their numbers, the sources' labels, and counts."""
     data, names = pipeline.data, [name for name, _ in pipeline.data.weighted_sources()]
-    labels, kinds = labels_of(names), {"source": "h", "held": "Q", "stage": "Q", "paired": "b", "text": "b",
-                                       "eval": "b", "margin": "d", "content": "Q"}
-    found, columns, skipped = {name: array(kind) for name, kind in kinds.items()}, [], {label: {} for label in labels}
+    labels = labels_of(names)
+    found, columns, skipped = {name: array(kind) for name, kind in KINDS.items()}, [], {label: {} for label in labels}
     stream, write = table_writer(path, with_tokens=False)
     with stream:
         for number, (name, label) in enumerate(zip(names, labels, strict=True)):
@@ -190,22 +191,20 @@ def _texts(path: Path, rows: np.ndarray) -> Iterator[str]:
 def write_tokens(records: Path, path: Path, tokenizer, data: Data, progress=lambda rows: None) -> Numbers:
     """Write the records with their token ids; returns (N,) numbers of tokens, and which texts were cut. `progress` gets
     the rows done, every two seconds."""
-    found = {name: [] for side in SIDES for name in (side, f"cut_{side}")}
-    rows, told = 0, time.monotonic()
+    found, told = {name: array("i") for side in SIDES for name in (side, f"cut_{side}")}, time.monotonic()
     stream, write = table_writer(path, with_tokens=True)
     with stream:
         for batch in _batches(records):
             ids = {}
             for side in SIDES:
                 ids[side], cut = token_column(batch[side], side, tokenizer, data)
-                found[side] += map(len, ids[side])
-                found[f"cut_{side}"] += cut
+                found[side].extend(map(len, ids[side]))
+                found[f"cut_{side}"].extend(cut)
             write([*batch.values(), *ids.values()])
-            rows += len(batch["sample_id"])
             if time.monotonic() - told > 2:
                 told = time.monotonic()
-                progress(rows)
-    return {name: np.array(values, dtype=np.int32) for name, values in found.items()}
+                progress(len(found["prompt"]))
+    return {name: np.frombuffer(values, dtype=np.int32) for name, values in found.items()}
 
 
 def token_column(texts: list[str], side: str, tokenizer, data: Data) -> tuple[list[list[int]], list[bool]]:
@@ -213,12 +212,12 @@ def token_column(texts: list[str], side: str, tokenizer, data: Data) -> tuple[li
 
     The ids of a whole response end with EOS, those of a cut one do not. A response that a source does not have is [].
     """
-    ids = encode(tokenizer, texts)
-    if side == "prompt":
-        return [row[-data.max_prompt_tokens:] for row in ids], [len(row) > data.max_prompt_tokens for row in ids]
-    limit, end = data.max_response_tokens, [tokenizer.eos_token_id]
-    whole = [row + end if text else [] for row, text in zip(ids, texts, strict=True)]
-    return [row[:limit] for row in whole], [len(row) > limit for row in whole]
+    rows, kept = encode(tokenizer, texts), slice(-data.max_prompt_tokens, None)
+    if side != "prompt":
+        rows = [row + [tokenizer.eos_token_id] if text else [] for row, text in zip(rows, texts, strict=True)]
+        kept = slice(data.max_response_tokens)
+    ids = [row[kept] for row in rows]
+    return ids, [len(cut) < len(row) for cut, row in zip(ids, rows, strict=True)]
 
 
 def main(argv: list[str] | None = None) -> int:

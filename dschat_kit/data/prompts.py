@@ -10,8 +10,7 @@ from collections.abc import Iterable
 
 from dschat_kit.config import ConfigError
 
-__all__ = ["ASSISTANT", "HUMAN", "PromptStyle", "Turn", "dialogue_text", "prompt_text", "question_of", "response_text",
-           "split_dialogue", "turns_of"]
+__all__ = ["ASSISTANT", "HUMAN", "PromptStyle", "Turn", "dialogue_text", "question_of", "split_dialogue", "turns_of"]
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 Turn = tuple[str, str]
@@ -46,17 +45,12 @@ def dialogue_text(turns: Iterable[Turn]) -> str:
 
 def turns_of(text: str) -> list[Turn]:
     """A question, or a whole dialogue in Human/Assistant text, which begins with its first `Human:`."""
-    return split_dialogue(text) if text.startswith(HUMAN) else [("user", text)]
-
-
-def prompt_text(text: str) -> str:
-    """A question or a whole dialogue in Human/Assistant text."""
-    return dialogue_text(turns_of(text))
-
-
-def response_text(text: str) -> str:
-    """A response as it follows `Assistant:`: one space, then the text."""
-    return " " + text.strip()
+    said = "\n\n" + text.strip()
+    if not said.startswith(HUMAN):
+        return [("user", text)]
+    if ASSISTANT not in said and re.search(r"\sAssistant:$", said):  # on one line, as DeepSpeed-Chat's local files
+        said = re.sub(r"\s+(Human|Assistant):", r"\n\n\1:", said)
+    return split_dialogue(said)
 
 
 def question_of(prompt: str) -> str:

@@ -2,13 +2,15 @@
 rows (pipeline.Numbers), never on their text, so a million rows cost seconds.
 """
 
+from collections import Counter
+
 import numpy as np
 
 from dschat_kit.config import Data
 from dschat_kit.data.sources import DataError
 from dschat_kit.data.splits import PARTS, blend, epoch_order, parts_of, resolve_weights
 
-__all__ = ["SIDES", "Numbers", "account_of", "blend_rows", "filter_rows", "place_rows"]
+__all__ = ["ALL", "SIDES", "Numbers", "account_of", "blend_rows", "filter_rows", "place_rows"]
 
 Numbers = dict[str, np.ndarray]
 """(N,) each: source, held and stage (words of the key), paired, text, eval, margin, content; with the tokens also
@@ -43,46 +45,44 @@ def place_rows(numbers: Numbers, data: Data, sources: int) -> tuple[np.ndarray, 
     return part, {reason: np.bincount(source[which], minlength=sources) for reason, which in reasons.items()}
 
 
-def filter_rows(numbers: Numbers, part: np.ndarray, data: Data, labels: list[str]) -> dict[str, int]:
+def filter_rows(numbers: Numbers, part: np.ndarray, data: Data, labels: list[str]) -> Counter[str]:
     """Set `part` of the rows that data.drop_*, min_* and balance_length leave out to LEFT_OUT; rows by reason."""
     paired = numbers["paired"].astype(bool)
-    none = np.zeros(len(part), dtype=bool)
-    if data.min_margin:
-        for label in [labels[s] for s in np.unique(numbers["source"][paired & np.isnan(numbers["margin"])])]:
-            raise DataError(f"data.min_margin: got {data.min_margin}, but {label} has rows without a margin\n"
-                            "  expected: a column margin, or score_chosen and score_rejected\n"
-                            "  change:   --set data.min_margin=0, or another source")
-    first = np.zeros(len(part), dtype=bool)
-    first[np.unique(numbers["content"], return_index=True)[1]] = True
+    unknown = numbers["source"][paired & np.isnan(numbers["margin"])]
+    if data.min_margin and len(unknown):
+        raise DataError(f"data.min_margin: got {data.min_margin}, but {labels[unknown[0]]} has rows without a margin\n"
+                        "  expected: a column margin, or score_chosen and score_rejected\n"
+                        "  change:   --set data.min_margin=0, or another source")
+    again = np.ones(len(part), dtype=bool)
+    again[np.unique(numbers["content"], return_index=True)[1]] = False
     shortest = np.where(paired, np.minimum(numbers["chosen"], numbers["rejected"]), numbers["chosen"])
-    reasons = {"duplicate": ~first if data.drop_duplicates else none,
-               "longer than the limits": sum(numbers[f"cut_{s}"] for s in SIDES) > 0 if data.drop_longer else none,
+    reasons = {"duplicate": again & data.drop_duplicates,
+               "longer than the limits": (sum(numbers[f"cut_{s}"] for s in SIDES) > 0) & data.drop_longer,
                "shorter than min_response_tokens": shortest < data.min_response_tokens,
-               "margin below min_margin": paired & (numbers["margin"] < data.min_margin) if data.min_margin else none}
-    counts = {}
+               "margin below min_margin": paired & (numbers["margin"] < data.min_margin) & (data.min_margin > 0)}
+    counts = Counter()
     for reason, which in reasons.items():
         counts[reason] = int((which & (part != LEFT_OUT)).sum())
         part[which] = LEFT_OUT
     if data.balance_length:
         counts["balance by length"] = _balance(numbers, part, len(labels))
-    return {reason: count for reason, count in counts.items() if count}
+    return +counts
 
 
 def _balance(numbers: Numbers, part: np.ndarray, sources: int) -> int:
     dropped, longer = 0, np.sign(numbers["chosen"] - numbers["rejected"])
     for source in range(sources):
         here = (part == ALL.index("reward")) & (numbers["source"] == source)
-        sides = [np.flatnonzero(here & (longer == sign)) for sign in (1, -1)]
-        fewer, more = sorted(sides, key=len)
-        surplus = epoch_order(len(more), 0, 0)[len(fewer):]
-        part[more[surplus]] = LEFT_OUT
+        fewer, more = sorted((np.flatnonzero(here & (longer == sign)) for sign in (1, -1)), key=len)
+        surplus = more[epoch_order(len(more), 0, 0)[len(fewer):]]
+        part[surplus] = LEFT_OUT
         dropped += len(surplus)
     return dropped
 
 
 def blend_rows(numbers: Numbers, part: np.ndarray, labels: list[str], given: list, data: Data,
                seed: int) -> dict[str, np.ndarray]:
-    """The rows of each part in their order. Held-out rows are those that there are; weights bind the training."""
+    """The rows of each part in their order, at most data.eval_rows of the held-out ones."""
     orders, has_pairs = {}, np.bincount(numbers["source"], numbers["paired"], minlength=len(labels)) > 0
     is_text = np.bincount(numbers["source"], numbers["text"], minlength=len(labels)) > 0
     for index, name in enumerate(ALL):
@@ -117,16 +117,12 @@ def account_of(numbers: Numbers, orders: dict[str, np.ndarray], labels: list[str
                       for part, rows in orders.items()},
         "overlaps": {f"{a} and {b}": len(np.intersect1d(keys[a], keys[b])) for i, a in enumerate(parts)
                      for b in parts[i + 1:]},
-        "tokens": {part: _lengths({side: numbers[side][rows] for side in SIDES}) for part, rows in orders.items()}}
+        "tokens": {part: {side: _lengths(lengths) for side in SIDES
+                          if len(lengths := numbers[side][rows[numbers[side][rows] > 0]])}
+                   for part, rows in orders.items()}}
 
 
-def _lengths(sides: dict[str, np.ndarray]) -> dict:
-    found = {}
-    for side, lengths in sides.items():
-        lengths = lengths[lengths > 0]
-        if len(lengths):
-            counts, edges = np.histogram(lengths, bins=min(32, int(lengths.max())), range=(0, lengths.max()))
-            quantiles = {"median": 0.5, "p95": 0.95, "max": 1.0}
-            found[side] = {name: float(np.quantile(lengths, p)) for name, p in quantiles.items()} | {
-                "histogram": {"edges": edges.tolist(), "counts": counts.tolist()}}
-    return found
+def _lengths(lengths: np.ndarray) -> dict:
+    counts, edges = np.histogram(lengths, bins=min(32, int(lengths.max())), range=(0, lengths.max()))
+    return {name: float(np.quantile(lengths, p)) for name, p in (("median", 0.5), ("p95", 0.95), ("max", 1.0))} | {
+        "histogram": {"edges": edges.tolist(), "counts": counts.tolist()}}

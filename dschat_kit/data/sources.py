@@ -8,14 +8,13 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from dschat_kit.config import Data
 from dschat_kit.data import toy
-from dschat_kit.data.files import DataError, Rows, raw_rows
+from dschat_kit.data.files import LONGEST, DataError, Rows, raw_rows
 from dschat_kit.data.formats import FORMATS, HUB, BadRow, Format, Pair, guess
 from dschat_kit.data.prompts import Turn, dialogue_text
 
@@ -75,11 +74,11 @@ def load_module(name: str) -> None:
     if not name or name in sys.modules:
         return
     try:
-        if not name.endswith(".py"):
+        if name.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        else:
             importlib.import_module(name)
-            return
-        spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
     except Exception as error:  # it is the user's code
         raise DataError(f"data.module: {name!r} cannot be imported: {type(error).__name__}: {error}\n  expected: a .py "
                         "file or a module that calls register_source\n  change: --set data.module=PATH") from error
@@ -107,8 +106,7 @@ def read_source(name: str, label: str, data: Data, seed: int, report=lambda line
     Rows that cannot be used are counted by reason in `skipped` where data.bad_rows says skip; otherwise they raise
     DataError at the end, the first one by file and line. So does a file that cannot be read to its end.
     """
-    form, names, taken, bad = None, {}, 0, Counter()
-    first: dict[str, str] = {}
+    form, names, taken, bad = None, {}, 0, {}
     for place, part, row in SOURCES[name](data, seed) if name in SOURCES else raw_rows(name):
         if data.rows and taken >= data.rows:
             break
@@ -123,35 +121,34 @@ def read_source(name: str, label: str, data: Data, seed: int, report=lambda line
                 yield _record(pair, row, label, part)
             taken += not part
         except BadRow as error:
-            bad[error.reason] += 1
-            first.setdefault(error.reason, f"{place}: {error}")
+            count, first = bad.get(error.reason, (0, f"{place}: {error}"))
+            bad[error.reason] = count + 1, first
     if bad and data.bad_rows == "stop":
-        every = "".join(f"\n  {count} rows: {reason}" for reason, count in bad.items()) if bad.total() > 1 else ""
-        raise DataError(f"{next(iter(first.values()))}{every}\n"
+        every = "".join(f"\n  {count} rows: {reason}" for reason, (count, _) in bad.items())
+        raise DataError(f"{next(iter(bad.values()))[1]}{every}\n"
                         "  change: mend or remove them, or --set data.bad_rows=skip")
     if skipped is not None:
-        skipped |= {reason: (count, first[reason]) for reason, count in bad.items()}
+        skipped |= bad
     if not taken:
         raise DataError(f"data.sources: {name} has no rows to train on\n  expected: at least one that can be used"
-                        + "".join(f"\n  skipped: {text}" for text in first.values()) + "\n"
+                        + "".join(f"\n  skipped: {first}" for _, first in bad.values()) + "\n"
                         "  change:   --set data.sources=PATH")
 
 
 def _format(name: str, label: str, row: dict, data: Data, place: str, report) -> tuple[Format, dict[str, str]]:
     """The format of a source and {its column: the row's}: known by name, named in data.columns, or guessed."""
-    named = [] if name in SOURCES else data.column_names()
-    if name in HUB and not named:
-        form, names, how = HUB[name], {column: column for column in HUB[name].needs}, "known by name"
-    elif named:
-        form = FORMATS[NAMED[len(named)]]
-        names, how = dict(zip(form.needs, named, strict=True)), "as data.columns says"
+    named = () if name in SOURCES else data.column_names()
+    if named:
+        form, columns, how = FORMATS[NAMED[len(named)]], named, "as data.columns says"
+    elif name in HUB:
+        form, columns, how = HUB[name], HUB[name].needs, "known by name"
+    elif found := guess(row):
+        form, columns, how = FORMATS[found[0]], found[1], f"guessed: {found[0]}"
     else:
-        found = guess(row)
-        if found is None:
-            near = "\n            ".join(", ".join(form.needs) for form in FORMATS.values())
-            raise DataError(f"{place}: no format fits its columns {', '.join(map(repr, row)) or '(none)'}\n"
-                            f"  expected: {near}\n  change:   --set data.columns=PROMPT,CHOSEN,REJECTED")
-        form, names, how = FORMATS[found[0]], found[1], f"guessed: {found[0]}"
+        near = "\n            ".join(", ".join(form.needs) for form in FORMATS.values())
+        raise DataError(f"{place}: no format fits its columns {', '.join(map(repr, row)) or '(none)'}\n"
+                        f"  expected: {near}\n  change:   --set data.columns=PROMPT,CHOSEN,REJECTED")
+    names = dict(zip(form.needs, columns, strict=True))
     if name not in SOURCES:
         shown = ", ".join(ours if ours == theirs else f"{ours}={theirs}" for ours, theirs in names.items())
         report(f"data  {label}: columns {shown} ({how})")
@@ -172,19 +169,16 @@ def _pairs(form: Format, names: dict[str, str], row: dict) -> list[Pair]:
         raise
     except (TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
         raise BadRow("has other values than its format", f"has other values than its format: {error!r}") from None
-    for pair in pairs:
-        _check_text([text for _, text in pair.turns] + [pair.chosen, pair.rejected])
+    said = "".join(text for pair in pairs for text in (*(text for _, text in pair.turns), pair.chosen, pair.rejected))
+    if len(said) > LONGEST:
+        raise BadRow(f"is longer than {LONGEST >> 20} MiB")
+    if "\x00" in said:
+        raise BadRow("holds a NUL character")
+    try:
+        said.encode()
+    except UnicodeEncodeError:
+        raise BadRow("holds half of a surrogate pair, which is no text") from None
     return pairs
-
-
-def _check_text(texts: list[str]) -> None:
-    for text in texts:
-        if "\x00" in text:
-            raise BadRow("holds a NUL character")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise BadRow("holds half of a surrogate pair, which is no text") from None
 
 
 def _record(pair: Pair, row: dict, label: str, part: str) -> PreferenceRecord:

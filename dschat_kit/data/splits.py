@@ -52,11 +52,10 @@ def blend(weights: np.ndarray, sizes: list[int]) -> np.ndarray:
     Quota method (largest remainder): the next sample comes from the source that is furthest behind its share,
     so any 1,000 samples in a row are within one percentage point of the weights.
     """
-    share, sizes = [float(weight) for weight in weights], [int(size) for size in sizes]
-    active = [i for i, weight in enumerate(share) if weight > 0]
+    share = [float(weight) for weight in weights]
     taken, order = [0] * len(share), []
-    for position in range(1, sum(sizes) + 1):
-        source = max(active, key=lambda i: share[i] * position - taken[i])
+    for position in range(1, int(sum(sizes)) + 1):
+        source = max(range(len(share)), key=lambda i: share[i] * position - taken[i])
         if taken[source] >= sizes[source]:
             break
         order.append((source, taken[source]))

@@ -3,10 +3,11 @@
     FOLDER/rows/table.arrow  {sft,reward,ppo,eval}.npy  account.json  manifest.json      FOLDER/tokenizer/
 
 A cache entry is built under a lock in a temporary folder and renamed; a run folder gets its files as hard links, so
-the cache may be deleted at any time. What is damaged is told by the sizes and hashes of the manifest.
+the cache may be deleted at any time. What is damaged is told by the hashes of the manifest.
 """
 
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -47,8 +48,7 @@ def intact(folder: Path) -> bool:
     """Whether every file of a built folder is there and has the bytes that were written."""
     try:
         manifest = read_json(folder / "rows" / "manifest.json")
-        return all((folder / name).stat().st_size == size and _hash(folder / name) == digest
-                   for name, (size, digest) in manifest.items())
+        return all(_hash(folder / name) == written for name, written in manifest.items())
     except (RunError, OSError, ValueError, AttributeError):
         return False
 
@@ -77,8 +77,7 @@ def cached(cache: Path, key: str, build: Callable[[Path], None], report: Callabl
             (work / "rows").mkdir(parents=True)
             build(work)
             files = sorted(path for path in work.rglob("*") if path.is_file())
-            write_json(work / "rows" / "manifest.json",
-                       {str(path.relative_to(work)): [path.stat().st_size, _hash(path)] for path in files})
+            write_json(work / "rows" / "manifest.json", {str(path.relative_to(work)): _hash(path) for path in files})
             for path in (*files, work / "rows", work):
                 _sync(path)
             os.rename(work, entry)
@@ -89,7 +88,7 @@ def cached(cache: Path, key: str, build: Callable[[Path], None], report: Callabl
 
 
 def place(entry: Path, target: Path) -> None:
-    """Put the rows and the tokenizer of a built folder into a run's data folder; the table as a hard link."""
+    """Put the rows and the tokenizer of a built folder into a run's data folder, as hard links."""
     for name in ("rows", "tokenizer"):
         new = target / f".{name}.tmp"
         shutil.rmtree(new, ignore_errors=True)
@@ -100,22 +99,15 @@ def place(entry: Path, target: Path) -> None:
 
 def _link(source: str, target: str) -> None:
     try:
-        if not source.endswith(".arrow"):
-            raise OSError("small files are copied")
         os.link(source, target)
     except OSError:  # another file system, or one without hard links
         shutil.copy2(source, target)
 
 
 def _hash(path: Path) -> str:
-    import mmap
-
     import xxhash
     with open(path, "rb") as file:
-        if not path.stat().st_size:
-            return ""
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return xxhash.xxh3_128(content).hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def _sync(path: Path) -> None:

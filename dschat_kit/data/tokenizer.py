@@ -5,8 +5,6 @@ from pathlib import Path
 
 from dschat_kit.data.sources import DataError
 
-__all__ = ["EOS", "PAD", "encode", "open_tokenizer", "pad_id_of", "require_same_tokenizer", "train_tokenizer"]
-
 PAD, EOS = "<|pad|>", "<|end|>"
 
 

@@ -11,66 +11,27 @@ Standard library only; rows come from one seeded stream, so a longer stream star
 import math
 import random
 from collections.abc import Iterable, Iterator
-from functools import cache
 
 WEIGHTS = {"correct": 0.6, "polite": 0.2, "brief": 0.2}
 PREFERENCE_SCALE = 12.0
-GOLD_SENTENCE = (
-    "Gold = 0.6 x the share of questions answered correctly + 0.2 if the answer is courteous exactly once "
-    "and never rude + 0.2 if no sentence is needless; text that is unfinished or not made of this world's "
-    "sentences gets 0."
-)
+GOLD_SENTENCE = ("Gold = 0.6 x the share of questions answered correctly + 0.2 if the answer is courteous exactly once "
+                 "and never rude + 0.2 if no sentence is needless; text that is unfinished or not made of this world's "
+                 "sentences gets 0.")
 
 # attribute -> (question, statement, {subject: (right value, common mistake)})
 ATTRIBUTES: dict[str, tuple[str, str, dict[str, tuple[str, str]]]] = {
-    "sound": (
-        "what does a {} say",
-        "A {} says {}.",
-        {
-            "cow": ("moo", "baa"),
-            "dog": ("woof", "tweet"),
-            "cat": ("meow", "roar"),
-            "duck": ("quack", "hiss"),
-            "pig": ("oink", "buzz"),
-            "horse": ("neigh", "cluck"),
-        },
-    ),
-    "food": (
-        "what does a {} eat",
-        "A {} eats {}.",
-        {
-            "cow": ("grass", "beef"),
-            "dog": ("bones", "soap"),
-            "cat": ("fish", "leaves"),
-            "duck": ("snails", "wood"),
-            "pig": ("turnips", "stones"),
-            "horse": ("hay", "cheese"),
-        },
-    ),
-    "colour": (
-        "what colour is a {}",
-        "A {} is {}.",
-        {
-            "lemon": ("yellow", "pink"),
-            "tomato": ("red", "blue"),
-            "lime": ("green", "grey"),
-            "carrot": ("orange", "white"),
-            "plum": ("purple", "silver"),
-            "coconut": ("brown", "black"),
-        },
-    ),
-    "capital": (
-        "what is the capital of {}",
-        "The capital of {} is {}.",
-        {
-            "France": ("Paris", "Lyon"),
-            "Japan": ("Tokyo", "Osaka"),
-            "Egypt": ("Cairo", "Luxor"),
-            "Kenya": ("Nairobi", "Mombasa"),
-            "Peru": ("Lima", "Cusco"),
-            "Italy": ("Rome", "Milan"),
-        },
-    ),
+    "sound": ("what does a {} say", "A {} says {}.", {
+        "cow": ("moo", "baa"), "dog": ("woof", "tweet"), "cat": ("meow", "roar"),
+        "duck": ("quack", "hiss"), "pig": ("oink", "buzz"), "horse": ("neigh", "cluck")}),
+    "food": ("what does a {} eat", "A {} eats {}.", {
+        "cow": ("grass", "beef"), "dog": ("bones", "soap"), "cat": ("fish", "leaves"),
+        "duck": ("snails", "wood"), "pig": ("turnips", "stones"), "horse": ("hay", "cheese")}),
+    "colour": ("what colour is a {}", "A {} is {}.", {
+        "lemon": ("yellow", "pink"), "tomato": ("red", "blue"), "lime": ("green", "grey"),
+        "carrot": ("orange", "white"), "plum": ("purple", "silver"), "coconut": ("brown", "black")}),
+    "capital": ("what is the capital of {}", "The capital of {} is {}.", {
+        "France": ("Paris", "Lyon"), "Japan": ("Tokyo", "Osaka"), "Egypt": ("Cairo", "Luxor"),
+        "Kenya": ("Nairobi", "Mombasa"), "Peru": ("Lima", "Cusco"), "Italy": ("Rome", "Milan")}),
 }
 GREETINGS = ("Hello, ", "Please, ", "Hi, ")
 COURTEOUS_OPENINGS = ("Good question.", "With pleasure.")
@@ -78,11 +39,8 @@ RUDE_OPENINGS = ("Go away.", "How silly.")
 FILLERS = ("Let me think.", "Many people ask this.")
 COURTEOUS_CLOSINGS = ("Best wishes.", "Thank you.")
 
-SINGLE_QUESTION = 0.25
-OPENING_COURTEOUS, OPENING_RUDE = 0.35, 0.20
-FILLER = 0.4
+SINGLE_QUESTION, OPENING_COURTEOUS, OPENING_RUDE, FILLER, CLOSING_COURTEOUS = 0.25, 0.35, 0.20, 0.4, 0.3
 FACT_RIGHT = 0.55  # else the common mistake
-CLOSING_COURTEOUS = 0.3
 
 _HEAD, _TAIL = "\n\nHuman: ", "?\n\nAssistant:"
 Fact = tuple[str, str]  # (attribute, subject)
@@ -104,20 +62,11 @@ def statement(fact: Fact, value: str | None = None) -> str:
     return form.format(fact[1], values[fact[1]][0] if value is None else value)
 
 
-@cache
-def _questions() -> dict[str, Fact]:
-    return {question(fact): fact for fact in all_facts()}
-
-
-@cache
-def _statements() -> dict[str, tuple[Fact, bool]]:
-    """Sentence -> (fact, is it right), for each value of each attribute."""
-    table = {}
-    for fact in all_facts():
-        values = ATTRIBUTES[fact[0]][2]
-        for value in (value for pair in values.values() for value in pair):
-            table[statement(fact, value)] = (fact, value == values[fact[1]][0])
-    return table
+QUESTIONS = {question(fact): fact for fact in all_facts()}
+STATEMENTS = {statement(fact, value): (fact, statement(fact, value) == statement(fact)) for fact in all_facts()
+              for pair in ATTRIBUTES[fact[0]][2].values() for value in pair}
+"""Sentence -> (fact, is it right), for each value of each attribute."""
+STYLE = {*COURTEOUS_OPENINGS, *RUDE_OPENINGS, *FILLERS, *COURTEOUS_CLOSINGS}
 
 
 def make_prompt(facts: Iterable[Fact], greeting: str = GREETINGS[0]) -> str:
@@ -131,27 +80,18 @@ def asked_facts(prompt: str) -> list[Fact]:
     body = prompt[start + len(_HEAD) :] if start >= 0 else ""
     greeting = next((text for text in GREETINGS if body.startswith(text)), None)
     if greeting is not None and body.endswith(_TAIL):
-        facts = [_questions().get(part) for part in body[len(greeting) : -len(_TAIL)].split(" and ")]
+        facts = [QUESTIONS.get(part) for part in body[len(greeting) : -len(_TAIL)].split(" and ")]
         if None not in facts:
             return facts
-    raise ValueError(
-        f"got the prompt {prompt!r}; expected one of the toy world such as {make_prompt(all_facts()[:1])!r}; "
-        "change the prompt, or do not ask for its gold reward"
-    )
+    raise ValueError(f"got the prompt {prompt!r}; expected one of the toy world such as "
+                     f"{make_prompt(all_facts()[:1])!r}; change the prompt, or do not ask for its gold reward")
 
 
 def split_sentences(response: str) -> list[str] | None:
     """The response cut into sentences of this world; None when any part of it is not one."""
-    text = response.strip(" ")
-    known = _statements().keys() | _style_sentences()
-    sentences = [part + "." for part in text.split(". ")]
-    sentences[-1] = sentences[-1][:-1]
-    return sentences if all(sentence in known for sentence in sentences) else None
-
-
-@cache
-def _style_sentences() -> frozenset[str]:
-    return frozenset(COURTEOUS_OPENINGS + RUDE_OPENINGS + FILLERS + COURTEOUS_CLOSINGS)
+    *whole, last = response.strip(" ").split(". ")
+    sentences = [*(part + "." for part in whole), last]
+    return sentences if all(sentence in STATEMENTS or sentence in STYLE for sentence in sentences) else None
 
 
 def gold_parts(prompt: str, response: str, finished: bool = True) -> dict[str, float]:
@@ -168,20 +108,14 @@ def gold_parts(prompt: str, response: str, finished: bool = True) -> dict[str, f
         return {"correct": 0.0, "polite": 0.0, "brief": 0.0, "well_formed": 0.0}
     stated: dict[Fact, list[bool]] = {}
     for sentence in sentences:
-        if sentence in _statements():
-            fact, right = _statements()[sentence]
+        if sentence in STATEMENTS:
+            fact, right = STATEMENTS[sentence]
             stated.setdefault(fact, []).append(right)
     courtesies = sum(sentence in COURTEOUS_OPENINGS + COURTEOUS_CLOSINGS for sentence in sentences)
-    rude = any(sentence in RUDE_OPENINGS for sentence in sentences)
-    needed = sum(fact in stated for fact in asked)
-    style = sum(sentence in COURTEOUS_OPENINGS + COURTEOUS_CLOSINGS + RUDE_OPENINGS for sentence in sentences)
-    needless = len(sentences) - needed - style
-    return {
-        "correct": sum(fact in stated and all(stated[fact]) for fact in asked) / len(asked),
-        "polite": float(courtesies == 1 and not rude),
-        "brief": float(needless == 0),
-        "well_formed": 1.0,
-    }
+    rude = sum(sentence in RUDE_OPENINGS for sentence in sentences)
+    needless = len(sentences) - courtesies - rude - sum(fact in stated for fact in asked)
+    return {"correct": sum(fact in stated and all(stated[fact]) for fact in asked) / len(asked),
+            "polite": float(courtesies == 1 and not rude), "brief": float(needless == 0), "well_formed": 1.0}
 
 
 def gold_reward(prompt: str, response: str, finished: bool = True) -> float:
@@ -205,12 +139,9 @@ def bayes_accuracy(gold_gaps: Iterable[float]) -> float:
 
 def write_answer(facts: Iterable[Fact], rng: random.Random) -> str:
     """One answer of the writer, who never looks at gold: a leading space, sentences, no EOS text."""
-    sentences = []
-    draw = rng.random()
-    if draw < OPENING_COURTEOUS:
-        sentences.append(rng.choice(COURTEOUS_OPENINGS))
-    elif draw < OPENING_COURTEOUS + OPENING_RUDE:
-        sentences.append(rng.choice(RUDE_OPENINGS))
+    sentences, draw = [], rng.random()
+    if draw < OPENING_COURTEOUS + OPENING_RUDE:
+        sentences.append(rng.choice(COURTEOUS_OPENINGS if draw < OPENING_COURTEOUS else RUDE_OPENINGS))
     if rng.random() < FILLER:
         sentences.append(rng.choice(FILLERS))
     for fact in facts:

@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ATTENTION", "FAMILIES", "KVSlots", "UnknownAttention", "attend", "kv_bytes_per_token"]
-
 ATTENTION = "dschat"
 FAMILIES = ("opt", "gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma")
 """Model types whose attention goes through transformers' attention interface and is nothing but softmax(QK)V, causal

@@ -17,9 +17,6 @@ from deepspeed.checkpoint.ds_to_universal import main as convert
 
 from dschat_kit.runs import RunError, read_json, write_json
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
-
-
 TORCH_WRITERS = ("PytorchStreamWriter", "inline_container")
 """What torch names when a disk takes no more: it raises no OSError."""
 

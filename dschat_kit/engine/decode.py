@@ -17,8 +17,6 @@ from dschat_kit.engine.sampling import row_uniforms, sample_tokens
 from dschat_kit.models.loading import accepts, model_inputs
 from dschat_kit.runs import RunError
 
-__all__ = ["Plain", "Slots", "decode"]
-
 PREFILL_TOKENS = 4096
 """Tokens of prompts, padding included, that one forward pass computes."""
 

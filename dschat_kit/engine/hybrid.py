@@ -13,14 +13,13 @@ from deepspeed.runtime.rollout.base import RolloutEngine
 from dschat_kit.engine.attention import ATTENTION, FAMILIES, KVSlots, UnknownAttention, kv_bytes_per_token
 from dschat_kit.engine.decode import Plain, Slots, decode
 from dschat_kit.engine.graphs import GraphedSlots
-from dschat_kit.engine.parity import first_difference
+from dschat_kit.engine.parity import TOLERANCE, first_difference
 from dschat_kit.engine.replica import Replica
 from dschat_kit.engine.rollout_types import KitBatch, KitRequest, KitSampling
+from dschat_kit.engine.tensor_parallel import TensorParallel
 from dschat_kit.machine import detect
 from dschat_kit.models.loading import accepts
 from dschat_kit.runs import RunError
-
-__all__ = ["HybridEngine"]
 
 
 class HybridEngine(RolloutEngine):
@@ -28,13 +27,14 @@ class HybridEngine(RolloutEngine):
 
     `micro_batch_size` responses are decoded at a time. `release_inference_cache` frees replica and KV memory after
     each rollout; without it both stay for the next. `max_out_tokens` bounds prompt and response together (0: the
-    model's positions do), as in DeepSpeed. `cuda_graphs` captures decode steps. `path` says how steps are
-    computed, `reason` why.
+    model's positions do), as in DeepSpeed. `cuda_graphs` captures decode steps. `inference_tp_size` ranks
+    share the weights of generation and each other's prompts. `path` says how steps are computed, `reason` why.
     """
     name = "dschat_kit"
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, *, micro_batch_size: int,
-                 release_inference_cache: bool = True, max_out_tokens: int = 0, cuda_graphs: bool = False):
+                 release_inference_cache: bool = True, max_out_tokens: int = 0, cuda_graphs: bool = False,
+                 inference_tp_size: int = 1):
         self.cuda_graphs, self._steps = cuda_graphs, None
         self.engine, self.slots, self.max_out_tokens = engine, micro_batch_size, max_out_tokens
         self.release_inference_cache, self._kv, self._checked = release_inference_cache, None, False
@@ -45,7 +45,8 @@ class HybridEngine(RolloutEngine):
         dtype = next(module.parameters()).dtype
         if dtype == torch.bfloat16 and engine.device.type == "cpu" and not detect().bf16:
             dtype = torch.float32  # emulated bf16 is several times slower, and no more exact
-        self.replica, family = Replica(module, dtype), module.config.model_type
+        self.parallel = TensorParallel(inference_tp_size, module.config) if inference_tp_size > 1 else None
+        self.replica, family = Replica(module, dtype, self.parallel), module.config.model_type
         known = family in FAMILIES
         self.path = "slots" if known else "plain"
         self.reason = f"{family} is known" if known else f"{family} is not one of {', '.join(FAMILIES)}"
@@ -55,9 +56,12 @@ class HybridEngine(RolloutEngine):
         self._agree(self._problem(request, sampling))
         try:
             model = self.replica.fill()
+            asked = self.parallel.union(request) if self.parallel else request
             if not self._checked and self.path == "slots":
-                self._check(model, request)
-            batch, problem = self._decode(model, request, sampling), None
+                self._check(model, asked)
+            batch, problem = self._decode(model, asked, sampling), None
+            if self.parallel:
+                batch = self.parallel.own(batch, request)
         except RunError as error:  # of the decode loop, on this rank: the others have to hear of it
             batch, problem, self._kv, self._steps = None, error, None, None
         finally:
@@ -85,6 +89,8 @@ class HybridEngine(RolloutEngine):
 
     def _check(self, model, request: KitRequest) -> None:
         """The first prompts, greedily, against plain transformers; another answer means the plain path from now on."""
+        if self.parallel:
+            self._check_split(model, request)
         try:
             difference = first_difference(model, request)
         except RunError:  # no finite logits: the rollout itself says it, with the right row
@@ -95,6 +101,17 @@ class HybridEngine(RolloutEngine):
         self.path = "plain" if difference else "slots"
         self.reason = difference or "greedy tokens equal those of plain transformers"
         print(f"rollout: path {self.path}: {self.reason}", flush=True)
+
+    @torch.no_grad()
+    def _check_split(self, model, request: KitRequest) -> None:
+        """Weights split over ranks have to give the logits of the module that is trained."""
+        ids = request.prompt_ids[:1, request.prompt_attention_mask[0].bool()]
+        model.set_attn_implementation(self.replica.source.config._attn_implementation)
+        split, whole = (found(input_ids=ids).logits[:, -1].float() for found in (model, self.engine.module))
+        error = float((split - whole).abs().max() / whole.abs().max())
+        if not error <= TOLERANCE[whole.dtype if self.replica.dtype == torch.float32 else self.replica.dtype]:
+            raise RunError(f"rollout.inference_tp_size={self.parallel.size}: split weights give other logits, by "
+                           f"{error:.2g} of the largest\n  change: rollout.inference_tp_size=1")
 
     def _problem(self, request: KitRequest, sampling: KitSampling) -> RunError | None:
         if not len(request.prompt_ids):
@@ -115,6 +132,7 @@ class HybridEngine(RolloutEngine):
 
     def _check_memory(self, slots: int, length: int, device: torch.device) -> None:
         row = length * kv_bytes_per_token(self.replica.model.config, self.replica.dtype)
+        row //= self.parallel.size if self.parallel else 1
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         if slots * row > free:
             raise RunError(f"keys and values of {slots} rows of {length} tokens take {slots * row / 2**30:.1f} GB\n"

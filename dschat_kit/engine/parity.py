@@ -9,8 +9,6 @@ from dschat_kit.engine.attention import ATTENTION, KVSlots
 from dschat_kit.engine.decode import Slots, decode
 from dschat_kit.engine.rollout_types import KitRequest, KitSampling
 
-__all__ = ["first_difference"]
-
 PROMPTS, TOKENS = 4, 8
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Largest difference that rounding explains: of a log-probability in nats, of a layer relative to its largest entry."""

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from dschat_kit.engine.attention import ATTENTION, attend
+from dschat_kit.engine.tensor_parallel import TensorParallel
 from dschat_kit.models.lora import ACTOR, merged_weight
-
-__all__ = ["Replica"]
 
 
 class PackedLinear(nn.Linear):
@@ -46,15 +45,18 @@ def _can_pack(dtype: torch.dtype, device: torch.device) -> bool:
 class Replica:
     """`model` is ready between `fill` and `release`, in `dtype` on the device of the source.
 
-    Every rank has to call `fill` at ZeRO-3, where it needs the memory of the whole model.
+    Every rank has to call `fill` at ZeRO-3, where it needs the memory of the whole model; with `parallel`, of this
+    rank's part of it.
     """
 
-    def __init__(self, source: nn.Module, dtype: torch.dtype):
+    def __init__(self, source: nn.Module, dtype: torch.dtype, parallel: TensorParallel | None = None):
         AttentionInterface.register(ATTENTION, attend)
-        self.source, self.dtype = source, dtype
+        self.source, self.dtype, self.parallel = source, dtype, parallel
         config = copy.deepcopy(source.config)
         with torch.device("meta"):
             self.model = type(source)(config).eval().requires_grad_(False)
+        if parallel:
+            parallel.split(self.model)
         config.pad_token_id = None  # some families look for it among the tokens of every step, to warn: a wait on a GPU
         self.model.generation_config = copy.deepcopy(source.generation_config)
         self._places: dict[str, list[str]] = {}  # name in the source -> names in the replica; tied weights have several
@@ -115,7 +117,8 @@ class Replica:
         if adapter:
             layer = self.source.get_submodule(name.removesuffix(".base_layer.weight"))
             weight = merged_weight(layer, weight, *(self._parameters[part].detach() for part in adapter))
-        return weight.to(self.dtype)
+        weight = weight.to(self.dtype)
+        return self.parallel.part(self._places[name][0], weight) if self.parallel else weight
 
     def _set(self, name: str, weight: Tensor, lasting: bool) -> None:
         """`lasting`: the source's memory stays what it is, so that it can be shared."""

@@ -6,8 +6,6 @@ import torch
 from deepspeed.runtime.rollout.base import RolloutBatch, RolloutRequest, SamplingConfig
 from torch import Tensor
 
-__all__ = ["KitBatch", "KitRequest", "KitSampling"]
-
 
 @dataclass
 class KitRequest(RolloutRequest):

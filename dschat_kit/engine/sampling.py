@@ -12,8 +12,6 @@ from torch import Tensor
 
 from dschat_kit.engine.rollout_types import KitSampling
 
-__all__ = ["row_uniforms", "sample_tokens"]
-
 BLOCK = 256
 CACHED = 2**19
 """Logits that are worked on at a time on a CPU: 2 MB. Larger ones leave the cache, and the system hands out and takes

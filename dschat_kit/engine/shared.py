@@ -19,8 +19,6 @@ from dschat_kit.models.lora import ACTOR, add_adapters
 from dschat_kit.models.scalar_model import scalars
 from dschat_kit.runs import RunError, read_json
 
-__all__ = ["Role", "SharedModel"]
-
 ADAPTERS = {"actor": [ACTOR], "critic": ["critic"], "reward": ["reward"], "ref": []}
 
 

@@ -22,8 +22,6 @@ from pathlib import Path
 
 from dschat_kit.runs import RunError, read_json, write_json
 
-__all__ = ["SOURCES", "Source", "fetch_model"]
-
 RECORD = "fetched.json"
 """Written into the folder last: where the model came from, and size and checksum of every file beside it."""
 

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from dschat_kit.config import ConfigError, Model
 from dschat_kit.models.loading import left_aligned, load_config, load_pretrained, model_inputs, response_columns
 
-__all__ = ["ScalarModel", "last_token", "load_scalar_model", "response_scores", "response_values", "scalars"]
-
 
 def last_token(values: Tensor, attention_mask: Tensor) -> Tensor:
     """(B,) the entry of `values` (B, T) at the last real token of each sequence, wherever padding stands."""

@@ -15,28 +15,25 @@ from dschat_kit.config import STAGES
 from dschat_kit.metrics import read_metrics
 from dschat_kit.runs import RunError, StageRun, open_run, read_json
 
-__all__ = ["Check", "render", "run_checks"]
-
 QUIET_MINUTES = 15
 """A running stage that wrote nothing for so long has probably stopped working."""
-
-
 OTHER_LOGPROBS = ("the log-probabilities of rollout and training differ: check padding and position ids, the "
                   "temperature, and that dropout is off")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Check:
     """One finding. `state` is ok, warn (it runs, but read this) or fail (it cannot run, or its numbers are wrong)."""
 
     name: str
-    state: str
     found: str
+    state: str = "ok"
     cure: str = ""
-    """What to do, as a sentence or a command; empty when there is nothing to do."""
+    """What to do, as a sentence or a command; told only where there is something to mend."""
 
     def __post_init__(self):
         assert self.state in ("ok", "warn", "fail") and (self.state == "ok" or self.cure), self
+        object.__setattr__(self, "cure", self.cure if self.state != "ok" else "")
 
 
 def render(checks: list[Check]) -> str:
@@ -135,8 +132,8 @@ def run_checks(run_root: Path) -> list[Check]:
     """Checks of every stage in a run folder, in the order of the chain; reads files only."""
     root = Path(run_root).absolute()
     if not any((root / stage / "config.json").exists() for stage in STAGES):
-        return [Check(name="run", state="fail", found=f"{root} holds no stage of a run",
-                      cure="name a run folder, such as runs/tiny, or make one with `dschat run --preset tiny`")]
+        return [Check("run", f"{root} holds no stage of a run", "fail",
+                      "name a run folder, such as runs/tiny, or make one with `dschat run --preset tiny`")]
     checks = []
     for stage in STAGES:
         run = open_run(root, stage)
@@ -147,8 +144,8 @@ def run_checks(run_root: Path) -> list[Check]:
             rows = read_metrics(run.metrics_path)
             checks += [*_missing_numbers(stage, rows), *_wrong_numbers(run, rows), *_rollout(run)]
         except (RunError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            checks.append(Check(name=stage, state="fail", found=f"unreadable file in {run.path}: {error}",
-                                cure=f"make the stage anew with `dschat {stage} --fresh --run-root '{root}'`"))
+            checks.append(Check(stage, f"unreadable file in {run.path}: {error}", "fail",
+                                f"make the stage anew with `dschat {stage} --fresh --run-root '{root}'`"))
     return checks
 
 
@@ -162,16 +159,15 @@ def _status(run: StageRun) -> Check:
     again = f"`dschat {run.stage} --resume auto {here}` goes on, --fresh begins again; logs: {run.logs}"
     if state == "running" and quiet >= QUIET_MINUTES:
         state = "silent"
-    verdict, found, cure = {
-        "finished": ("ok", f"finished, {at}", ""),
-        "missing": ("warn", "not run yet", f"`dschat {run.stage} {here}`, or its notebook"),
-        "running": ("ok", f"running, {at}", ""),
-        "silent": ("warn", f"running, {at}, but silent for {quiet:.0f} minutes",
+    return Check(run.stage, *{
+        "finished": (f"finished, {at}",),
+        "missing": ("not run yet", "warn", f"`dschat {run.stage} {here}`, or its notebook"),
+        "running": (f"running, {at}",),
+        "silent": (f"running, {at}, but silent for {quiet:.0f} minutes", "warn",
                    f"look at {run.logs}; if it hangs, interrupt it and go on with --resume auto"),
-        "interrupted": ("warn", f"interrupted at {at}", again),
-        "failed": ("fail", f"failed at {at}: {error}", again),
-    }[state]
-    return Check(name=run.stage, state=verdict, found=found, cure=cure)
+        "interrupted": (f"interrupted at {at}", "warn", again),
+        "failed": (f"failed at {at}: {error}", "fail", again),
+    }[state])
 
 
 def _missing_numbers(stage: str, rows: list[dict]) -> Iterator[Check]:
@@ -179,20 +175,20 @@ def _missing_numbers(stage: str, rows: list[dict]) -> Iterator[Check]:
     lost = [(name, row.get("step")) for row in rows for name, value in row.items() if value is None]
     if lost:
         rate = "ppo.lr_actor" if stage == "ppo" else f"{stage}.lr"
-        yield Check(name=f"{stage} numbers", state="fail", found=f"{lost[0][0]} not finite at step {lost[0][1]}",
-                    cure=f"training has diverged: a lower learning rate, `--set {rate}=...` and --fresh")
+        yield Check(f"{stage} numbers", f"{lost[0][0]} not finite at step {lost[0][1]}", "fail",
+                    f"training has diverged: a lower learning rate, `--set {rate}=...` and --fresh")
     steps = [row.get("step", 0) for row in rows]
     if steps != sorted(steps):
-        yield Check(name=f"{stage} metrics", state="warn", found="steps do not rise in metrics.jsonl",
-                    cure="two jobs wrote into one folder: make the stage anew with --fresh")
+        yield Check(f"{stage} metrics", "steps do not rise in metrics.jsonl", "warn",
+                    "two jobs wrote into one folder: make the stage anew with --fresh")
 
 
 def _rollout(run: StageRun) -> Iterator[Check]:
     """How PPO generated, and what the comparison with plain transformers said."""
     said = read_json(run.path / "result.json").get("rollout") if (run.path / "result.json").exists() else None
     if said:
-        yield Check(name=f"{run.stage} rollout", state="ok" if said["path"] == "slots" else "warn",
-                    found=f"path {said['path']}: {said['reason']}", cure="" if said["path"] == "slots" else
+        yield Check(f"{run.stage} rollout", f"path {said['path']}: {said['reason']}",
+                    "ok" if said["path"] == "slots" else "warn",
                     "nothing is wrong, but generation is slower than it could be: report the model's family")
 
 
@@ -210,4 +206,4 @@ def _wrong_numbers(run: StageRun, rows: list[dict]) -> Iterator[Check]:
     for name, state, wrong, found, cure in RULES.get(run.stage, ()):
         with suppress(KeyError, TypeError, ZeroDivisionError):  # a number that is missing, null or 0
             if wrong(numbers):
-                yield Check(name=f"{run.stage} {name}", state=state, found=found.format(**numbers), cure=cure)
+                yield Check(f"{run.stage} {name}", found.format(**numbers), state, cure)

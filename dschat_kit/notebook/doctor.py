@@ -12,18 +12,14 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
 import psutil
 
-from dschat_kit.machine import Machine, checkout, detect
-from dschat_kit.notebook.diagnosis import Check, render, run_checks
-from dschat_kit.notebook.processes import compile_locks
-
-__all__ = ["Check", "machine_checks", "render", "run_checks"]
+from dschat_kit.machine import Machine, checkout, detect, nvidia_smi
+from dschat_kit.notebook.diagnosis import Check
 
 SETUP = "bash env/setup.sh"
 
@@ -51,26 +47,21 @@ def machine_checks(run_root: Path | None = None, *, timeout: float = 180.0) -> l
     machine, python = detect(), platform.python_version()
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     return [
-        _check("system", f"{platform.system()} {platform.release()} {platform.machine()}",
-               "fail" if platform.system() != "Linux" else "ok",
-               "the launcher needs Linux: open the checkout in its devcontainer (.devcontainer)"),
-        _check("python", f"{python} ({sys.executable})", "fail" if sys.version_info < (3, 11, 5) else "ok",
-               f"install Python >= 3.11.5, remove .venv, run `{SETUP}`"),
-        _packages(checkout() / "env" / "constraints.txt"), *_training(machine, timeout), _memory(machine),
-        _shared_memory(machine), *_disk(Path(run_root or checkout() / "runs")), _loopback(), *_compile_locks(),
+        Check("system", f"{platform.system()} {platform.release()} {platform.machine()}",
+              "fail" if platform.system() != "Linux" else "ok",
+              "the launcher needs Linux: open the checkout in its devcontainer (.devcontainer)"),
+        Check("python", f"{python} ({sys.executable})", "fail" if sys.version_info < (3, 11, 5) else "ok",
+              f"install Python >= 3.11.5, remove .venv, run `{SETUP}`"),
+        _packages(checkout() / "env" / "constraints.txt"), *_training(machine, timeout), _memory(),
+        _shared_memory(machine), _disk(Path(run_root or checkout() / "runs").absolute()), _loopback(),
         # told, never required: the kit turns off what DeepSpeed would compile at first use
-        _check("compiler", compiler or "none, and none is needed (plain gloo on CPUs)")]
-
-
-def _check(name: str, found: str, state: str = "ok", cure: str = "") -> Check:
-    """A finding whose cure is told only when there is something to mend."""
-    return Check(name=name, state=state, found=found, cure="" if state == "ok" else cure)
+        Check("compiler", compiler or "none, and none is needed (plain gloo on CPUs)")]
 
 
 def _packages(constraints: Path) -> Check:
     """Installed versions against the pins. A local suffix such as +cpu is a build, not another version."""
     if not constraints.exists():
-        return _check("packages", f"no pins to compare with ({constraints} is not there)")
+        return Check("packages", f"no pins to compare with ({constraints} is not there)")
     other = []
     for line in constraints.read_text().splitlines():
         name, pin, pinned = line.strip().partition("==")
@@ -78,9 +69,9 @@ def _packages(constraints: Path) -> Check:
             if pin and name[0] != "#" and (installed := metadata.version(name).split("+")[0]) != pinned:
                 other.append(f"{name} {installed} instead of {pinned}")
     more = f" and {len(other) - 4} more" if len(other) > 4 else ""
-    return _check("packages", ", ".join(other[:4]) + more if other else f"all at the versions of {constraints.name}",
-                  "warn" if other else "ok",
-                  f"`{SETUP}` installs the pinned versions (remove .venv/dschat-setup first if it says ready)")
+    return Check("packages", ", ".join(other[:4]) + more if other else f"all at the versions of {constraints.name}",
+                 "warn" if other else "ok",
+                 f"`{SETUP}` installs the pinned versions (remove .venv/dschat-setup first if it says ready)")
 
 
 def _training(machine: Machine, timeout: float) -> list[Check]:
@@ -88,11 +79,11 @@ def _training(machine: Machine, timeout: float) -> list[Check]:
     said, problem = _probe(timeout)
     cure = f"remove .venv and run `{SETUP}`"
     if "torch" not in said:
-        return [_check("torch", problem, "fail", cure)]
+        return [Check("torch", problem, "fail", cure)]
     build = f"{said['torch']} ({'CUDA ' + said['cuda'] if said['cuda'] else 'CPU'} build)"
-    return [_check("torch", f"{build}, computes and differentiates"),
-            _check("deepspeed", said.get("deepspeed", problem), "ok" if "deepspeed" in said else "fail", cure),
-            _accelerator(machine, said, _gpus())]
+    return [Check("torch", f"{build}, computes and differentiates"),
+            Check("deepspeed", said.get("deepspeed", problem), "ok" if "deepspeed" in said else "fail", cure),
+            _accelerator(machine, said, nvidia_smi("name"))]
 
 
 def _probe(timeout: float) -> tuple[dict, str]:
@@ -112,80 +103,62 @@ def _probe(timeout: float) -> tuple[dict, str]:
     return found, problem
 
 
-def _gpus() -> list[str]:
-    """Names of the NVIDIA GPUs that the driver shows, whatever torch can do with them."""
-    try:
-        done = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True,
-                              text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return done.stdout.strip().splitlines() if done.returncode == 0 else []
-
-
 def _accelerator(machine: Machine, said: dict, gpus: list[str]) -> Check:
     plan = f"{machine.default_ranks} ranks on {machine.accelerator}, {machine.dtype}"
     here = f"{len(gpus)} x {gpus[0] if gpus else 'GPU'}"
     if gpus and not said["cuda"]:
-        return _check("accelerator", f"{here}, but torch is a CPU build; {plan}", "warn",
-                      f"run `{SETUP}` with DSCHAT_PIP_ARGS naming an index with CUDA builds of torch")
+        return Check("accelerator", f"{here}, but torch is a CPU build; {plan}", "warn",
+                     f"run `{SETUP}` with DSCHAT_PIP_ARGS naming an index with CUDA builds of torch")
     if gpus and not said["gpus"] and os.environ.get("CUDA_VISIBLE_DEVICES") is None:
-        return _check("accelerator", f"{here}, but torch sees none", "fail",
-                      f"the driver is too old for CUDA {said['cuda']}: update it, or choose an older CUDA build of "
-                      "torch with DSCHAT_PIP_ARGS")
-    return _check("accelerator", f"{here if machine.accelerator == 'cuda' else f'none in use, {machine.cores} cores'}; "
+        return Check("accelerator", f"{here}, but torch sees none", "fail",
+                     f"the driver is too old for CUDA {said['cuda']}: update it, or choose an older CUDA build of "
+                     "torch with DSCHAT_PIP_ARGS")
+    return Check("accelerator", f"{here if machine.accelerator == 'cuda' else f'none in use, {machine.cores} cores'}; "
                                  f"{plan}")
 
 
-def _memory(machine: Machine) -> Check:
+def _memory() -> Check:
     """Free memory, with the limit of a container counted."""
-    free = psutil.virtual_memory().available
+    memory = psutil.virtual_memory()
+    free = memory.available
     group = Path("/sys/fs/cgroup")
     if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()) != "max":
         free = min(free, int(limit) - int((group / "memory.current").read_text()))
-    return _check("memory", f"{free / 2**30:.1f} of {machine.memory_gb:.1f} GiB free",
-                  "warn" if free < 3 * 2**30 else "ok",
-                  "the tiny preset takes about 3 GiB with two ranks: close something, or use --num-gpus 1")
+    return Check("memory", f"{free / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free",
+                 "warn" if free < 3 * 2**30 else "ok",
+                 "the tiny preset takes about 3 GiB with two ranks: close something, or use --num-gpus 1")
 
 
 def _shared_memory(machine: Machine) -> Check:
     if not os.path.exists("/dev/shm"):
-        return _check("/dev/shm", "not there", "warn", "mount it; NCCL between GPUs needs it")
+        return Check("/dev/shm", "not there", "warn", "mount it; NCCL between GPUs needs it")
     free = shutil.disk_usage("/dev/shm").free / 2**20
     small = free < 512 and machine.devices > 1 and machine.accelerator == "cuda"
-    return _check("/dev/shm", f"{free:.0f} MiB free", "warn" if small else "ok",
-                  "NCCL between GPUs may hang: start the container with --shm-size=1g")
+    return Check("/dev/shm", f"{free:.0f} MiB free", "warn" if small else "ok",
+                 "NCCL between GPUs may hang: start the container with --shm-size=1g")
 
 
-def _disk(run_root: Path) -> list[Check]:
+def _disk(run_root: Path) -> Check:
     """Whether runs can be written, and how much room there is."""
-    place = next(folder for folder in (run_root.absolute(), *run_root.absolute().parents) if folder.exists())
+    place = next(folder for folder in (run_root, *run_root.parents) if folder.exists())
     try:
-        with tempfile.TemporaryFile(dir=place) as file:
+        with tempfile.TemporaryFile(dir=place, buffering=0) as file:
             file.write(b"x" * 4096)
-            file.flush()
     except OSError as error:
-        return [_check("run folder", f"cannot write in {place}: {error.strerror}", "fail",
-                       "choose another --run-root, or mend its permissions")]
+        return Check("run folder", f"cannot write in {place}: {error.strerror}", "fail",
+                     "choose another --run-root, or mend its permissions")
     free = shutil.disk_usage(place).free / 2**30
-    return [_check("run folder", f"{run_root.absolute()} is writable, {free:.1f} GiB free",
-                   "fail" if free < 0.3 else "warn" if free < 2 else "ok",
-                   "free some space (a tiny run takes 0.3 GiB, smollm2-hh 5), or choose another --run-root")]
+    return Check("run folder", f"{run_root} is writable, {free:.1f} GiB free",
+                 "fail" if free < 0.3 else "warn" if free < 2 else "ok",
+                 "free some space (a tiny run takes 0.3 GiB, smollm2-hh 5), or choose another --run-root")
 
 
 def _loopback() -> Check:
     """The ranks meet on a free port of this machine."""
     try:
         with socket.create_server(("127.0.0.1", 0)) as server:
-            address = server.getsockname()
-            socket.create_connection(address, timeout=5).close()
+            socket.create_connection(server.getsockname(), timeout=5).close()
     except OSError as error:
-        return _check("loopback", str(error), "fail", "ranks meet on 127.0.0.1: let the firewall or sandbox allow "
-                                                      "connections to the machine itself")
-    return _check("loopback", f"a free port and a connection to it ({address[1]})")
-
-
-def _compile_locks() -> list[Check]:
-    """Locks of DeepSpeed compiles that were killed: a later compile waits on them for ever. Only told when found."""
-    return [_check("compile lock", f"{lock}, {(time.time() - lock.stat().st_mtime) / 60:.0f} minutes old", "warn",
-                   f"if nothing is compiling now: rm '{lock}'")
-            for lock in compile_locks()]
+        return Check("loopback", str(error), "fail", "ranks meet on 127.0.0.1: let the firewall or sandbox allow "
+                                                     "connections to the machine itself")
+    return Check("loopback", "a free port and a connection to it")

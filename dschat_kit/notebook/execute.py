@@ -1,7 +1,5 @@
 """`dschat run`: the notebooks of the chain, one after the other, headless through papermill."""
-import ast
 import json
-import os
 import shlex
 import signal
 import sys
@@ -10,11 +8,10 @@ import time
 import uuid
 from pathlib import Path
 
-from dschat_kit.machine import checkout
+from dschat_kit.machine import checkout, own_path
 from dschat_kit.notebook.processes import Ending, guard, handling
 from dschat_kit.notebook.progress import Follow, Line, bar, clock
-from dschat_kit.notebook.report import take_lock
-from dschat_kit.runs import RunError, open_run
+from dschat_kit.runs import RunError, open_run, take_lock
 
 CHAIN = {"00_start_here": "", "01_data_abstraction": "data", "02_supervised_finetuning": "sft",
          "03_reward_model": "reward", "04_ppo_hybrid_engine": "ppo", "05_inference": "chat"}
@@ -43,8 +40,8 @@ def run_chain(*, preset: str, run_root: str | Path, overrides: list[str] = (), f
     root = Path(run_root).absolute()
     given = {"preset": preset, "run_root": str(root), "set_": shlex.join(overrides), "launch": "auto",
              "num_gpus": num_gpus, "resume": resume, "fresh": fresh}
-    target, line, mark = root / "notebooks", Line(sys.stderr), f"{TAG}={uuid.uuid4().hex}"
-    done: list[tuple[Path, float]] = []
+    target, line, mark = root / "notebooks", Line(sys.stderr), {TAG: uuid.uuid4().hex}
+    done: dict[str, float] = {}
 
     def stop(number, _frame):
         raise KeyboardInterrupt(number)
@@ -53,15 +50,14 @@ def run_chain(*, preset: str, run_root: str | Path, overrides: list[str] = (), f
         paths = chosen_notebooks(notebooks, from_stage)
         check_parameters(paths, given)
         ends = signal.SIGTERM, signal.SIGHUP
-        with os.fdopen(take_lock(target / ".launch.lock")), guard(mark), handling(stop, *ends):
+        with take_lock(target / ".launch.lock"), guard(mark), handling(stop, *ends):
             try:
                 for number, path in enumerate(paths):
-                    heading = f"{bar(number / len(paths))} {number + 1}/{len(paths)} {path.stem}  "
+                    heading = f"{bar(number / len(paths))} {number + 1}/{len(paths)} {path.stem}"
                     begun = time.monotonic()
-                    _execute(path, target / path.name, given, mark,
-                             lambda text, h=heading: line.show(h + text, h + text[:8]))  # a new stage is said at once
-                    done.append((path, time.monotonic() - begun))
-                    line.end(f"{bar((number + 1) / len(paths))} {path.stem}  done in {clock(done[-1][1])}")
+                    _execute(path, target / path.name, given, mark, line, heading)
+                    done[path.stem] = time.monotonic() - begun
+                    line.end(f"{bar((number + 1) / len(paths))} {path.stem}  done in {clock(done[path.stem])}")
             finally:  # however it comes, no process of the chain is left
                 with handling(signal.SIG_IGN, *ends):
                     Ending(mark).run()
@@ -90,42 +86,35 @@ def chosen_notebooks(notebooks: list[str | Path] | None, from_stage: str | None)
 
 def check_parameters(paths: list[Path], given: dict) -> None:
     """Papermill only prints a line for a name that a notebook does not have; here it is a RunError, before any runs."""
+    from papermill import inspect_notebook
     for path in paths:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        source = "\n".join("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ()))
-        known = {name.id for name in ast.walk(ast.parse(source))
-                 if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
-        if unknown := sorted(set(given) - known):
+        known = inspect_notebook(path)
+        if unknown := sorted(set(given) - set(known)):
             raise RunError(f"{path.name}: got the parameters {', '.join(unknown)}, which it does not have\n  expected: "
                            f"{', '.join(sorted(known)) or 'a cell tagged `parameters`'}\n  change: name them in the "
                            "notebook's cell tagged `parameters`")
 
 
-def own_kernel(mark: str) -> type:
-    """A kernel manager whose kernel is this interpreter, whatever kernels are installed, and carries `mark`.
-
-    Its bin folder comes first on PATH, so that `dschat`, `deepspeed` and `python` of a cell are ours.
-    """
+def own_kernel(mark: dict[str, str]) -> type:
+    """A kernel manager whose kernel is this interpreter, whatever kernels are installed, and carries `mark`."""
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     quiet = "--log-level=50"  # every shutdown begins with an interrupt, which a kernel would report as an error
 
     class OwnKernel(AsyncKernelManager):
         kernel_spec = KernelSpec(
             argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", quiet], language="python",
-            env={"PATH": path, "DSCHAT_HEADLESS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-                 **dict([mark.split("=")])})
+            env={"PATH": own_path(), "DSCHAT_HEADLESS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1", **mark})
 
     return OwnKernel
 
 
-def _execute(path: Path, target: Path, given: dict, mark: str, say) -> None:
-    """Run one notebook in a thread of its own, telling `say` how far it is. Raises NotebookFailed."""
-    outcome: list[BaseException] = []
+def _execute(path: Path, target: Path, given: dict, mark: dict, line: Line, heading: str) -> None:
+    """Run one notebook in a thread of its own; `line` says how far it is. Raises NotebookFailed."""
+    from papermill import execute_notebook
+    outcome: list[Exception] = []
 
     def work():
-        from papermill import execute_notebook
         try:
             execute_notebook(path, target, given, kernel_name="python3", kernel_manager_class=own_kernel(mark),
                              cwd=path.parent, progress_bar=False, start_timeout=300, coalesce_streams=True,
@@ -137,28 +126,26 @@ def _execute(path: Path, target: Path, given: dict, mark: str, say) -> None:
     thread.start()
     while thread.is_alive():
         look = follow.poll()
-        say(look.text() if follow.news else "")
+        text = look.text() if follow.news else ""
+        line.show(f"{heading}  {text}", f"{heading}  {text[:8]}")  # a new stage is said at once
         thread.join(0.5)
     if outcome:
         raise NotebookFailed(failure_text(target, outcome[0])) from outcome[0]
 
 
-def failure_text(executed: Path, error: BaseException) -> str:
+def failure_text(executed: Path, error: Exception) -> str:
     """Notebook, cell, last lines of its standard error and where to read the rest."""
-    cells = json.loads(executed.read_text(encoding="utf-8"))["cells"] if executed.exists() else []
-    for cell in cells:
-        outputs = cell.get("outputs", [])
-        wrong = [output for output in outputs if output["output_type"] == "error" and output["evalue"] != "0"]
-        if wrong:
-            errors = ["".join(output["text"]) for output in outputs if output.get("name") == "stderr"]
-            said = "".join(errors).splitlines()[-12:]
-            if not said or wrong[-1]["ename"] != "CalledProcessError":  # that one would only repeat the whole cell
-                said.append(f"{wrong[-1]['ename']}: {wrong[-1]['evalue']}")
-            code = [text.strip() for text in "".join(cell["source"]).splitlines() if text[:1] not in ("%", "#", "")]
-            where = f"failed in cell In [{cell['execution_count']}]: {code[0] if code else ''}"
-            break
-    else:
-        where, said = "failed", [f"{type(error).__name__}: {error}"]
+    from papermill import PapermillExecutionError
+    where, said = "failed", [f"{type(error).__name__}: {error}"]
+    if isinstance(error, PapermillExecutionError):
+        cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
+        cell = next(cell for cell in cells if cell.get("execution_count") == error.exec_count)
+        stderr = ["".join(output["text"]) for output in cell["outputs"] if output.get("name") == "stderr"]
+        said = "".join(stderr).splitlines()[-12:]
+        if not said or error.ename != "CalledProcessError":  # that one would only repeat the whole cell
+            said.append(f"{error.ename}: {error.evalue}")
+        code = [line.strip() for line in error.source.splitlines() if line[:1] not in ("%", "#", "")]
+        where = f"failed in cell In [{error.exec_count}]: {code[0] if code else ''}"
     return "\n  ".join([f"{executed.name} {where}", *said, f"executed copy: {executed}"])
 
 
@@ -172,13 +159,12 @@ def headline(root: Path, stage: str) -> str:
     return (HEADLINES[stage] + HEADLINES["gold"] * gold).format(**result, training_rows=rows)
 
 
-def summary(root: Path, done: list[tuple[Path, float]]) -> str:
+def summary(root: Path, done: dict[str, float]) -> str:
     """The table after a run: notebook, stage, seconds, headline; where to look next."""
-    rows = [("notebook", "stage", "seconds", "result")]
-    rows += [(path.stem, CHAIN.get(path.stem) or "-", f"{seconds:.0f}", headline(root, CHAIN.get(path.stem, "")))
-             for path, seconds in done]
-    rows.append(("together", "", f"{sum(seconds for _, seconds in done):.0f}", ""))
-    width = max(len(row[0]) for row in rows)
-    table = [f"{name:<{width}}  {stage:<6}  {seconds:>7}  {result}".rstrip() for name, stage, seconds, result in rows]
+    lines = [f"{'notebook':<24}  stage   seconds  result"]
+    for name, seconds in done.items():
+        stage = CHAIN.get(name, "")
+        lines.append(f"{name:<24}  {stage or '-':<6}  {seconds:>7.0f}  {headline(root, stage)}".rstrip())
     jupyter = shlex.join([str(Path(sys.executable).parent / "jupyter"), "lab", str(root / "notebooks")])
-    return "\n".join([*table, "", f"executed notebooks, with figures: {root / 'notebooks'}", f"look: {jupyter}"])
+    return "\n".join([*lines, f"{'together':<24}  {'':<6}  {sum(done.values()):>7.0f}", "",
+                      f"executed notebooks, with figures: {root / 'notebooks'}", f"look: {jupyter}"])

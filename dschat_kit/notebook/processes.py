@@ -1,9 +1,10 @@
-"""Find and end every process of a job: each carries NAME=TAG ("mark") in its environment.
+"""Find and end every process of a job: each carries its mark, {NAME: TAG}, in its environment.
 
 A mark survives what a process group or a session does not: a child that calls setsid, a parent that dies first.
 """
 import math
 import os
+import select
 import signal
 import time
 from contextlib import contextmanager, suppress
@@ -14,11 +15,10 @@ import psutil
 ESCALATION = ((signal.SIGINT, 0.6), (signal.SIGTERM, 0.4), (signal.SIGKILL, 0.1))  # and the share of the time after it
 
 
-def tagged(mark: str) -> list[psutil.Process]:
+def tagged(mark: dict[str, str]) -> list[psutil.Process]:
     """The living processes whose environment at exec held `mark`, this one left out."""
-    name, _, value = mark.partition("=")
     return [process for process in psutil.process_iter(["environ"])
-            if (process.info["environ"] or {}).get(name) == value and process.pid != os.getpid()]
+            if mark.items() <= (process.info["environ"] or {}).items() and process.pid != os.getpid()]
 
 
 class Ending:
@@ -28,7 +28,8 @@ class Ending:
     checkpoint. With `ranks_first` the INT goes to the ranks alone where there are any: an srun would kill them.
     """
 
-    def __init__(self, mark: str, first: float = 0.0, seconds: float | None = None, ranks_first: bool = False):
+    def __init__(self, mark: dict[str, str], first: float = 0.0, seconds: float | None = None,
+                 ranks_first: bool = False):
         self.mark, self.level, self.next_at, self.ranks_first = mark, 0, time.monotonic() + first, ranks_first
         self.seconds = seconds or float(os.environ.get("DSCHAT_GRACE", "10"))
 
@@ -51,20 +52,15 @@ class Ending:
             time.sleep(0.1)
 
 
-def compile_locks() -> list[Path]:
-    """The locks of torch's extension compiler that are there now."""
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or \
-        Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "torch_extensions"
-    return sorted(lock for pattern in ("*/lock", "*/*/lock") for lock in Path(root).glob(pattern))
-
-
 def remove_stale_compile_locks(since: float = math.inf, quiet: float = 60.0) -> list[Path]:
     """Remove, and return, the locks of torch's extension compiler behind which every later run would wait for ever.
 
     No process of this machine works in their folder, and for `quiet` seconds none of another machine has written there,
     or they were made after `since`, the start of a job that has ended.
     """
-    locks = compile_locks()
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or
+                Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "torch_extensions")
+    locks = [*root.glob("*/lock"), *root.glob("*/*/lock")]
     busy = {process.info["cwd"] for process in psutil.process_iter(["cwd"])} if locks else set()
     stale = [lock for lock in locks if str(lock.parent.resolve()) not in busy and (
         lock.stat().st_mtime >= since or time.time() - quiet > max(p.stat().st_mtime for p in lock.parent.iterdir()))]
@@ -86,7 +82,7 @@ def handling(handler, *numbers: int):
 
 
 @contextmanager
-def guard(mark: str, afterwards=lambda: None):
+def guard(mark: dict[str, str], afterwards=lambda: None):
     """Within, a small process stands by to end the job, should this one be killed outright.
 
     It is no child of ours and in its own session, so that a signal to our group or to our children passes it by. As a
@@ -99,6 +95,10 @@ def guard(mark: str, afterwards=lambda: None):
         os.waitpid(child, 0)
         try:
             yield
+            os.write(write_end, b".")  # the job has ended, and the guard has to be gone before we are
+            gone = select.poll()
+            gone.register(write_end, 0)
+            gone.poll(2000)
         finally:
             os.close(write_end)
         return
@@ -112,8 +112,7 @@ def guard(mark: str, afterwards=lambda: None):
         for standard in (0, 1, 2):  # a notebook waits until nobody holds its pipes
             os.dup2(null, standard)
         os.close(write_end)
-        os.read(read_end, 1)  # returns when the launcher has ended, in whatever way
-        if tagged(mark):
+        if not os.read(read_end, 1) and tagged(mark):  # it returns without a byte when the launcher was killed
             Ending(mark, seconds=5.0).run()
             afterwards()
     finally:

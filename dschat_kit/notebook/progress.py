@@ -1,5 +1,6 @@
 """How far a stage or a whole chain is, read from the run folder, as data and as one line of text."""
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import TextIO
 
 from dschat_kit.config import STAGES
 from dschat_kit.metrics import MetricsTail
-from dschat_kit.runs import StageRun, open_run
+from dschat_kit.runs import RunError, StageRun, open_run
 
 ENDED = ("finished", "failed", "interrupted")
 SHOWN = {"sft": ("loss", "eval_loss"), "reward": ("loss", "accuracy"), "dpo": ("loss", "accuracy"),
@@ -117,6 +118,29 @@ class Line:
         if self.width or text != self.said:
             self.stream.write(("\r" + " " * self.width + "\r") * bool(self.width) + text + "\n")
         self.stream.flush()
+
+
+def watch_text(path: str | Path, stream=None, every: float = 1.0) -> int:
+    """`dschat watch RUN`: one refreshed line until the stage or the run ends. 0 finished, 1 failed, 130 on Ctrl-C.
+
+    Raises RunError when `path` is no folder.
+    """
+    if not Path(path).is_dir():
+        raise RunError(f"watch: got {str(path)!r}, which is no folder\n  expected: a run folder such as runs/tiny, "
+                       "or a stage folder in it")
+    follow, line = Follow(path), Line(stream or sys.stdout)
+    try:
+        while True:
+            look = follow.poll()
+            text = f"{bar(look.fraction)} {look.text()}"
+            if follow.over:
+                line.end(text)
+                return 0 if look.state == "finished" else 1
+            line.show(text, f"{bar(look.fraction)} {look.stage}")
+            time.sleep(every)
+    except KeyboardInterrupt:
+        line.end("no longer watching; the training goes on")
+        return 130
 
 
 def clock(seconds: float | None) -> str:

@@ -1,15 +1,72 @@
 """What a launched job leaves behind: launch.log, a readable part on the own output, an honest status.json."""
 import fcntl
 import os
+import re
 import select
 import shlex
 import time
-from pathlib import Path
+from collections import deque
+from contextlib import suppress
 
-from dschat_kit.notebook.lines import View
-from dschat_kit.runs import RunError, StageRun, cannot
+from dschat_kit.runs import StageRun, cannot, take_lock
 
+LIBRARY = re.compile(
+    r"""^\[\d{4}-\d\d-\d\d[ T][\d:.,]+\]\ \[[A-Z]+\]   # DeepSpeed: [2026-01-31 12:00:00,123] [INFO] ...
+      | ^(\[rank\d+\]:\s?)?\[?[IWE]\d{4}\ [\d:.]+      # torch, glog: [W131 ...], W0131 12:00:00.000000 ...
+      | ^\[?(INFO|DEBUG|WARNING)\b
+      | ^(?P<warning>[^\s:]+\.pyi?:\d+:\ \w*Warning:)  # warnings.warn
+      | ^\[Gloo\]\ Rank
+      | ^(Setting\ ds_accelerator|Using\ .*torch_extensions|Loading\ extension\ module|ninja:\ no\ work)
+      | ^(Detected\ VISIBLE_DEVICES|No\ module\ named\ 'triton'|Using\ quantizer)
+      | ^\s*$""",
+    re.VERBOSE,
+)
+FIRST, LAST, LONGEST = 150, 20, 400  # lines shown at once, lines shown at the end, characters shown of one line
 MOST_ERRORS = 20
+
+
+class View:
+    """Chooses what is shown: the first lines at once, later ones ever more rarely, and always the last ones.
+
+    After FIRST lines the newest is shown whenever 2 % of the time so far have passed, so that an hour of output takes
+    about FIRST + 300 lines. Lines of libraries are left to the log.
+    """
+
+    def __init__(self):
+        self.added, self.shown = 0, 0
+        self.held: deque[str] = deque(maxlen=LAST)  # newest lines not shown so far
+        self.begun, self.next_at, self.last, self.after_warning = None, 0.0, "", False
+
+    def add(self, raw: bytes) -> None:
+        """Take one line; `due` says what to show."""
+        text = raw.decode("utf-8", errors="replace").rstrip("\r\n").rpartition("\r")[2]  # last state of a progress bar
+        quoted = self.after_warning and text.startswith("  ")  # the source line under a warning
+        library = LIBRARY.match(text)
+        self.after_warning = bool(library and library["warning"])
+        if not quoted and not library:
+            self.added += 1
+            self.held.append(text if len(text) <= LONGEST else text[:LONGEST] + " ...")
+
+    def due(self, now: float | None = None) -> str:
+        """The line to show at this moment, "" for none; ask again until then."""
+        now = time.monotonic() if now is None else now
+        self.begun = now if self.begun is None else self.begun
+        few = self.shown < FIRST
+        if not self.held or not few and now < self.next_at:
+            return ""
+        self.last = self.held.popleft() if few else self.held.pop()
+        if not few:
+            self.held.clear()
+        self.shown += 1
+        self.next_at = now + max(0.5, 0.02 * (now - self.begun))
+        return self.last
+
+    def rest(self, where: str) -> list[str]:
+        """The last lines, after one that says how many were left out and `where` they are."""
+        skipped = self.added - self.shown - len(self.held)
+        if not skipped:
+            return list(self.held)
+        return [f"... ({skipped} lines not shown here{where})", *(self.held or [self.last])]
 
 
 class Report:
@@ -20,15 +77,14 @@ class Report:
 
     def __init__(self, run: StageRun | None, argv: list[str], node: int = 0):
         self.run, self.argv, self.name = run, argv, f"launch{node or ''}"
-        self.lock_fd, self.log_file, self.where = None, None, ""
-        self.errors: list[str] = []
-        self.reader_gone = False
+        self.lock, self.log_file, self.where = None, None, ""
+        self.view, self.errors, self.reader_gone = View(), [], False
         self.poller = select.poll()
         self.poller.register(1, select.POLLOUT)
 
     def __enter__(self) -> "Report":
         if self.run:
-            self.lock_fd = take_lock(self.run.path / f".{self.name}.lock")
+            self.lock = take_lock(self.run.path / f".{self.name}.lock")
             log = self.run.logs / f"{self.name}.log"
             try:
                 log.parent.mkdir(exist_ok=True)
@@ -42,9 +98,9 @@ class Report:
     def __exit__(self, *_exc) -> None:
         if self.log_file:
             self.log_file.close()
-        if self.lock_fd is not None:
-            fcntl.flock(self.lock_fd, fcntl.LOCK_UN)  # also for the guard, which shares the lock
-            os.close(self.lock_fd)
+        if self.lock:
+            fcntl.flock(self.lock, fcntl.LOCK_UN)  # also for the guard, which shares the lock
+            self.lock.close()
 
     def log(self, raw: bytes) -> None:
         """Append a line to launch.log; on a full disk say so once and let the job go on."""
@@ -59,9 +115,9 @@ class Report:
         """A line of the launcher's own in launch.log."""
         self.log(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n".encode())
 
-    def show(self, view: View) -> None:
+    def show(self) -> None:
         """Show what is due, as long as the reader takes it: a job never waits for its reader."""
-        while self._room() and (line := view.due()):
+        while self._room() and (line := self.view.due()):
             self.reader_gone = not _write(1, line)
 
     def error(self, text: str) -> None:
@@ -72,12 +128,13 @@ class Report:
 
     def ending(self) -> None:
         """Note in the lock that this launcher is ending its job, so that the next one waits for it."""
-        if self.lock_fd is not None:
-            os.write(self.lock_fd, b"ending\n")
+        if self.lock:
+            with suppress(OSError):  # on a full disk the next one does not wait, and this job still has to end
+                os.write(self.lock.fileno(), b"ending\n")
 
-    def finish(self, code: int, reason: str, view: View) -> int:
+    def finish(self, code: int, reason: str) -> int:
         """Show the last lines and, where the job did not succeed, why; settle status.json. Returns `code`."""
-        for line in view.rest(self.where):
+        for line in self.view.rest(self.where):
             if not self._room(wait=2000):
                 break
             _write(1, line)
@@ -117,32 +174,6 @@ class Report:
             if any(line.startswith("Traceback") for line in lines):
                 found.append((path.stat().st_mtime, [f"last lines of {path}:", *lines[-count:]]))
         return min(found)[1] if found else []
-
-
-def take_lock(path: Path) -> int:
-    """Lock the file `path` and return its descriptor. Raises RunError when another launcher has it.
-
-    One that is ending its job (an interrupted cell that is run again) is waited for, up to 30 seconds.
-    """
-    folder = path.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
-    except OSError as error:
-        raise cannot(f"write in {folder}", error) from error
-    begun = time.monotonic()
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(descriptor, 0)
-            return descriptor
-        except BlockingIOError:
-            patience = 30 if os.fstat(descriptor).st_size else 0.5  # who only looks at it holds it for an instant
-            if time.monotonic() - begun > patience:
-                os.close(descriptor)
-                raise RunError(f"{folder} is in use by another dschat launch\n  change: wait for it, interrupt it, or "
-                               "choose another --run-root") from None
-            time.sleep(0.05)
 
 
 def _write(descriptor: int, *lines: str) -> bool:

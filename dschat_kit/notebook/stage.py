@@ -10,11 +10,10 @@ from pathlib import Path
 
 from dschat_kit.config import STAGES, ConfigError, Pipeline
 from dschat_kit.feasible import refuse
-from dschat_kit.machine import checkout, detect, resolve
+from dschat_kit.machine import checkout, detect, own_path, resolve
 from dschat_kit.presets import get_preset
 from dschat_kit.runs import RunError, StageRun, open_run, prepare_stage, stage_hash
-
-__all__ = ["Begun", "begin", "begin_cell", "cell_configuration", "check", "configuration"]
+from dschat_kit.sections import error
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def begin_cell(stage: str, *, preset: str, run_root: str, set_: str | None, laun
     configuration of a run that exists.
     """
     if launch not in ("auto", "never"):
-        raise ConfigError(f"launch: got {launch!r}\n  expected: auto | never\n  change:   the parameters cell")
+        raise error("launch", repr(launch), "auto | never", "the parameters cell")
     preset, root, pipeline = cell_configuration(preset, run_root, set_)
     if launch == "never":
         run = open_run(root, stage)
@@ -106,8 +105,7 @@ def begin_cell(stage: str, *, preset: str, run_root: str, set_: str | None, laun
     else:
         begun = begin(stage, preset, root, pipeline, resume=resume, fresh=fresh, num_gpus=num_gpus)
     _short_cell_errors()
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    os.environ |= {"PATH": path, "RUN": str(begun.run.path), "NUM_GPUS": str(begun.ranks),
+    os.environ |= {"PATH": own_path(), "RUN": str(begun.run.path), "NUM_GPUS": str(begun.ranks),
                    "TRAIN": "no" if begun.action == "reuse" else "yes",
                    "RESUME": "--resume" if begun.action == "resume" else ""}
     print({"reuse": f"{stage}: finished before, shown as it is:", "train": f"{stage}: will be made in",

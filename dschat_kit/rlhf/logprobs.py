@@ -8,21 +8,18 @@ from torch import Tensor, nn
 
 from dschat_kit.models.loading import accepts, left_aligned, response_columns
 
-__all__ = ["chunked_logprobs", "response_logprobs"]
-
-CHUNK = 256
-"""Rows of logits that are in fp32 at a time."""
+CHUNK = 2**19
+"""Entries of logits that are in fp32 at a time: 2 MB, which stay in the cache of a CPU."""
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """Neither pass holds more of the (N, V) softmax in fp32 than CHUNK rows; the gradient has the logits' dtype."""
+    """Neither pass holds more of the (N, V) softmax in fp32 than CHUNK entries; the gradient has the logits' dtype."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """(N,) log-probabilities and entropies in fp32."""
         logprobs, entropy, sums = torch.empty(3, len(tokens), device=logits.device)
-        for start in range(0, len(tokens), CHUNK):
-            rows = slice(start, start + CHUNK)
+        for rows in _chunks(logits):
             scaled = logits[rows].float() / temperature
             sums[rows] = scaled.logsumexp(-1)
             logprobs[rows] = scaled.gather(-1, tokens[rows, None]).squeeze(-1) - sums[rows]
@@ -38,11 +35,16 @@ class _ChunkedLogprobs(torch.autograd.Function):
         """d logprob / d logits = (one-hot - softmax) / temperature."""
         logits, tokens, sums = ctx.saved_tensors
         result, scale = torch.empty_like(logits), (grad / ctx.temperature).float()
-        for start in range(0, len(tokens), CHUNK):
-            rows = slice(start, start + CHUNK)
+        for rows in _chunks(logits):
             weights = (logits[rows].float() / ctx.temperature - sums[rows, None]).exp_().mul_(-scale[rows, None])
             result[rows] = weights.scatter_add_(-1, tokens[rows, None], scale[rows, None])
         return result, None, None
+
+
+def _chunks(logits: Tensor) -> list[slice]:
+    """Rows that fit into CHUNK entries together."""
+    rows = max(1, CHUNK // logits.shape[1])
+    return [slice(start, start + rows) for start in range(0, len(logits), rows)]
 
 
 def chunked_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,6 @@
 import torch
 from torch import Tensor
 
-__all__ = ["ADVANTAGES", "clip_scores", "compute_rewards", "gae", "group_advantages", "kl_estimates", "masked_moments",
-           "next_kl_coef", "whiten"]
-
 
 def clip_scores(scores: Tensor, finished: Tensor, clip: float, missing_eos_score: float | None) -> Tensor:
     """(B,) scores clipped to +-clip (0: not at all); a response without EOS gets `missing_eos_score` unless None."""

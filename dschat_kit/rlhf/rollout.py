@@ -12,8 +12,6 @@ from dschat_kit.rlhf.experience import Experience
 from dschat_kit.rlhf.logprobs import response_logprobs
 from dschat_kit.rlhf.rewards import ADVANTAGES, clip_scores, compute_rewards, masked_moments, whiten
 
-__all__ = ["Roles", "Scored", "make_experience", "score_responses"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Roles:

@@ -48,7 +48,8 @@ def train(session: Session) -> dict:
     hybrid = HybridEngine(roles.actor, micro_batch_size=pipeline.rollout.micro_batch_size,
                           release_inference_cache=pipeline.rollout.release_inference_cache,
                           max_out_tokens=pipeline.rollout.max_out_tokens,
-                          cuda_graphs=pipeline.rollout.cuda_graphs)
+                          cuda_graphs=pipeline.rollout.cuda_graphs,
+                          inference_tp_size=pipeline.rollout.inference_tp_size)
     session.follow(hybrid.replica.model)
     held_out = PromptFeed(TokenRows(data, "eval"), settings.eval_prompts, seed, pad_id, session, unique=True)
     feed = PromptFeed(TokenRows(data, "ppo"), settings.rollout_batch_size, seed, pad_id, session,

@@ -24,8 +24,6 @@ from dschat_kit.runs import RunError, StageRun, cannot
 from dschat_kit.train.session import Session
 from dschat_kit.train.watch import Hanging, Interrupted, Stopped, Watch
 
-__all__ = ["main", "start_distributed"]
-
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 LOST = ("closed by peer", "reset by peer", "onnection closed", "Broken pipe", "remote process exited")
 

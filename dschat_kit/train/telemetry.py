@@ -23,8 +23,6 @@ from dschat_kit.metrics import read_metrics
 from dschat_kit.models.loading import DTYPES
 from dschat_kit.runs import StageRun
 
-__all__ = ["Mirror", "forward_flop", "matmul_peak", "peak_memory_mb", "weights_of"]
-
 
 class Mirror:
     """metrics.jsonl in TensorBoard's and CSV files, through DeepSpeed's monitor. Made anew from metrics.jsonl at each

@@ -144,7 +144,7 @@ def test_a_notebook_on_a_finished_run_shows_its_figures(lab, page, tmp_path, mon
     assert not wrong, wrong
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) >= 4 and all(len(output.metadata["image/png"]["alt"]) > 20 for output in pictures)
-    assert page.locator(".widget-label", has_text="step 24/24").count() == 1  # the bar of the live view
+    assert page.locator(".jp-OutputArea-output:has(progress)", has_text="step 24/24").count() == 1  # the live view
 
     seen = page.locator(".jp-OutputArea-output img")
     sizes = seen.evaluate_all("all => all.map(one => [one.naturalWidth, one.getBoundingClientRect().width])")

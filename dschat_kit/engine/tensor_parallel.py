@@ -1,0 +1,103 @@
+"""Generation with the weights of every layer split over a few ranks (Shoeybi et al. 2019, 1909.08053, section 3).
+
+Of a pair of matrices the first is split by output, the second by input; each rank has its heads and its part of the
+feed-forward width, and the second product is summed over the group. Embeddings, norms and the head are whole. The ranks
+of a group decode the same rows from the same sums, so they sample the same tokens.
+
+DeepSpeed's AutoTP splits a module in place and once, from whole weights; the replica is filled anew in every rollout,
+from shards, so it splits by the same rule what it copies.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dschat_kit.engine.rollout_types import KitBatch, KitRequest
+from dschat_kit.runs import RunError
+
+__all__ = ["FAMILIES", "SummedLinear", "TensorParallel"]
+
+FAMILIES = ("opt", "llama", "qwen2", "qwen3", "mistral", "gemma")
+"""Model types whose queries, keys and values are matrices of their own, split by heads as they stand."""
+SECOND = ("o_proj", "out_proj", "down_proj", "fc2")
+
+
+class SummedLinear(nn.Linear):
+    """The second matrix of a pair: holds a part of the inputs, gives the sum over the group."""
+
+    group = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., its part) -> (..., all outputs)."""
+        product = nn.functional.linear(input, self.weight)
+        dist.all_reduce(product, group=self.group)
+        return product if self.bias is None else product + self.bias
+
+
+class TensorParallel:
+    """This rank's group of `size` consecutive ranks, and its part of each weight; every rank has to build it.
+
+    Raises RunError for a family, a number of ranks or of heads that cannot be split so.
+    """
+
+    def __init__(self, size: int, config):
+        world, text = dist.get_world_size(), config.get_text_config()
+        heads = [getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads",
+                                                        "intermediate_size", "ffn_dim")]
+        for got, good, expected in ((config.model_type, config.model_type in FAMILIES, f"one of {', '.join(FAMILIES)}"),
+                                    (f"{world} ranks", world % size == 0, f"a multiple of {size}"),
+                                    (f"heads and widths {[h for h in heads if h]}",
+                                     all(h % size == 0 for h in heads if h),
+                                     f"multiples of {size}")):
+            if not good:
+                raise RunError(f"rollout.inference_tp_size={size}: got {got}\n  expected: {expected}\n"
+                               "  change: rollout.inference_tp_size=1")
+        groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world, size)]
+        self.size, self.place, self.group = size, dist.get_rank() % size, groups[dist.get_rank() // size]
+        self._dimension: dict[str, int] = {}
+
+    def split(self, model: nn.Module) -> None:
+        """Make `model`, whose weights are on the meta device, one that holds this rank's parts."""
+        layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+        stem = next(name for name, module in model.named_modules() if module is layers)
+        for name, module in layers.named_modules(prefix=stem):
+            if type(module) is nn.Linear:
+                second = name.rpartition(".")[2] in SECOND
+                if second:
+                    module.__class__, module.group = SummedLinear, self.group
+                self._dimension[f"{name}.weight"] = int(second)
+                if not second:
+                    self._dimension[f"{name}.bias"] = 0
+            elif isinstance(getattr(module, "num_heads", None), int):
+                module.num_heads //= self.size
+        for name, parameter in model.named_parameters():
+            parameter.data = self.part(name, parameter.data)
+
+    def part(self, name: str, weight: Tensor) -> Tensor:
+        """This rank's part of a whole weight of the replica, in memory of its own; what is not split comes as it is."""
+        dimension = self._dimension.get(name)
+        return weight if dimension is None else weight.chunk(self.size, dimension)[self.place].clone()
+
+    def union(self, request: KitRequest) -> KitRequest:
+        """The prompts of the whole group, in the order of its ranks."""
+        found: list = [None] * self.size
+        dist.all_gather_object(found, request, group=self.group)
+        width = max(one.prompt_ids.shape[1] for one in found)
+        left = [nn.functional.pad(one.prompt_ids, (width - one.prompt_ids.shape[1], 0)) for one in found]
+        masks = [nn.functional.pad(one.prompt_attention_mask, (width - one.prompt_ids.shape[1], 0)) for one in found]
+        self._rows, device = [len(ids) for ids in left], request.prompt_ids.device
+        parts = {name: [getattr(one, name) for one in found] for name in ("row_seeds", "row_lengths")}
+        return KitRequest(torch.cat(left).to(device), torch.cat(masks).to(device), **{
+            name: None if some[0] is None else torch.cat(some) for name, some in parts.items()})
+
+    def own(self, batch: KitBatch, request: KitRequest) -> KitBatch:
+        """This rank's rows of the batch that answers `union(request)`, as if it had decoded them alone."""
+        copies = len(batch.input_ids) // sum(self._rows)
+        first = copies * sum(self._rows[:self.place])
+        rows = slice(first, first + copies * self._rows[self.place])
+        used = int(batch.response_mask[rows].sum(1).max())
+        cut = batch.input_ids.shape[1] - batch.response_mask.shape[1] - request.prompt_ids.shape[1]
+        end = cut + request.prompt_ids.shape[1] + used
+        return KitBatch(batch.input_ids[rows, cut:end], batch.attention_mask[rows, cut:end],
+                        batch.response_start_idx[rows] - cut, batch.response_mask[rows, :used],
+                        batch.logprobs[rows, :used], batch.entropy[rows, :used], batch.finished[rows])
