@@ -69,18 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add_arguments(kinds.add_parser("rollout", help="generation: the hybrid engine, transformers and DeepSpeed"))
     add_arguments(kinds.add_parser("ppo", help="a whole PPO iteration: ours and the same loop on plain transformers"))
     verify = command("verify", _verify, "PPO against the exact optimum of a world that can be enumerated")
-    verify.add_argument("--world", choices=("bandit", "bigram"), default="bigram")
-    for name, kind, text in (("vocab", int, "tokens (default: 4, bandit 10)"), ("length", int, "tokens of an answer"),
-                             ("seed", int, "of the world and of PPO"), ("steps", int, "PPO iterations (default 100)"),
-                             ("prompts", int, "how many (default 1)"), ("ranks", int, "processes (default 1)")):
-        verify.add_argument(f"--{name}", type=kind, metavar="N", help=text)
-    verify.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=0, help="ZeRO stage")
-    verify.add_argument("--beta", type=float, nargs="+", default=[0.5], help="KL coefficients, one run each")
-    verify.add_argument("--eos", action="store_true", help="the last token ends an answer")
-    verify.add_argument("--export", type=Path, metavar="DIR", help="write the last run's policy, with world.json")
-    verify.add_argument("--table", type=Path, metavar="DIR", help="every world, beta and seed instead, into verify.md")
-    verify.add_argument("--methods", type=Path, metavar="DIR", help="every method instead, into methods.json")
-    verify.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    _verify_options(verify)
     study = command("study", _study, "stage 3 over many seeds, its variants beside it, into ppo.md")
     study.add_argument("--run-root", type=Path, default=checkout() / "runs" / "study", metavar="DIR",
                        help="its runs; those that are finished are not run again")
@@ -92,6 +81,22 @@ def _parser() -> argparse.ArgumentParser:
     launch = command("launch", None, "prefix of a visible command: logs it, ends every rank with its cell")
     launch.add_argument("rest", nargs="*", metavar="-- deepspeed ...")
     return parser
+
+
+def _verify_options(parser: argparse.ArgumentParser) -> None:
+    option = parser.add_argument
+    option("--world", choices=("bandit", "bigram"), default="bigram")
+    for name, kind, text in (("vocab", int, "tokens (default: 4, bandit 10)"), ("length", int, "tokens of an answer"),
+                             ("seed", int, "of the world and of PPO"), ("steps", int, "PPO iterations (default 100)"),
+                             ("prompts", int, "how many (default 1)"), ("ranks", int, "processes (default 1)")):
+        option(f"--{name}", type=kind, metavar="N", help=text)
+    option("--zero", type=int, choices=(0, 1, 2, 3), default=0, help="ZeRO stage")
+    option("--beta", type=float, nargs="+", default=[0.5], help="KL coefficients, one run each")
+    option("--eos", action="store_true", help="the last token ends an answer")
+    option("--export", type=Path, metavar="DIR", help="write the last run's policy, with world.json")
+    option("--table", type=Path, metavar="DIR", help="every world, beta and seed instead, into verify.md")
+    option("--methods", type=Path, metavar="DIR", help="every method instead, into methods.json")
+    option("--json", action="store_true", help="one JSON object on standard output")
 
 
 def _configuration_options(parser: argparse.ArgumentParser) -> None:

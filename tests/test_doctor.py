@@ -228,5 +228,5 @@ def test_dpo_that_does_not_begin_at_its_reference_is_told(tmp_path):
         write_lines(path / "metrics.jsonl", [{"step": 1, "loss": first, "accuracy": 0.5},
                                              {"step": 2, "loss": 0.6, "accuracy": 0.7}])
         (path / "config.json").write_text(json.dumps({"pipeline": {"model": {"dtype": "fp32"}}}))
-        found = doctor.run_checks(tmp_path)
+        found = diagnosis.run_checks(tmp_path)
         assert [check.name for check in found if check.state == "fail"] == states, found
