@@ -154,7 +154,8 @@ def report(rows: list[dict]) -> str:
     """ppo.md: a table of the arms, and what mixture training and the moving average changed, seed by seed."""
     arms = {arm: [row for row in rows if row["arm"] == arm] for arm in dict.fromkeys(row["arm"] for row in rows)}
     before = said([row["gold_before"] for row in arms["gae"] if "gold_before" in row])
-    lines = ["# Stage 3 over many seeds", "", "Written by `dschat study --out docs/results`.", "",
+    lines = ["# Stage 3 over seeds", "",
+             f"Written by `dschat study --seeds {len(arms['gae'])} --out docs/results`.", "",
              "The tiny chain, one SFT model and one reward model; every seed has its own order of prompts, sampling "
              "and minibatches, and its own answers to the held-out prompts. Gold is the toy world's true reward, which "
              f"nothing is trained on: {before} before. KL is to the SFT model, in nats an answer (best of n: the "
