@@ -204,9 +204,9 @@ class Pipeline(Section):
     def __post_init__(self):
         super().__post_init__()
         self.zero.check_user_json(self.model.dtype)
-        if self.lora.share_base and self.zero.offload_optimizer:
-            raise error("zero.offload_optimizer", "true with lora.share_base", "false: the roles' backward passes take "
-                        "turns, which offloading does not follow; adapters have small states",
+        if self.lora.share_base and self.zero.offloads("offload_optimizer"):
+            raise error("zero.offload_optimizer", "offloading with lora.share_base", "none: the roles' backward passes "
+                        "take turns, which offloading does not follow; adapters have small states",
                         "--set zero.offload_optimizer=false")
         if self.lora.share_base and self.ppo.advantage != "gae":
             raise error("ppo.advantage", repr(self.ppo.advantage), "gae with lora.share_base",

@@ -23,7 +23,7 @@ def refuse(pipeline: Pipeline, machine: Machine) -> None:
         raise error("model.dtype", f"{dtype}, but {reason}", "a dtype that this machine multiplies", hint[dtype])
     if pipeline.telemetry.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise error("telemetry.tensorboard", "true, but tensorboard is not installed", "the package tensorboard",
-                    "pip install tensorboard, or --set telemetry.csv=true")
+                    "bash env/setup.sh tensorboard (the extra of that name), or --set telemetry.csv=true")
     if pipeline.rollout.cuda_graphs and machine.accelerator != "cuda":
         raise error("rollout.cuda_graphs", f"true on a {machine.accelerator}", "a CUDA device",
                     "--set rollout.cuda_graphs=false")

@@ -68,10 +68,15 @@ class Zero(Section):
     def __post_init__(self):
         super().__post_init__()
         for name, least in (("offload_optimizer", 1), ("offload_parameters", 3)):
-            if getattr(self, name) and self.stage < least:
-                raise error(f"zero.{name}", f"true with zero.stage {self.stage}",
+            if self.offloads(name) and self.stage < least:
+                raise error(f"zero.{name}", f"offloading with zero.stage {self.stage}",
                             f"zero.stage of at least {least}: only what is sharded can be offloaded",
                             f"--set zero.stage={least}")
+
+    def offloads(self, name: str) -> bool:
+        """Whether a setting of that name, or the user's JSON in its place, moves something off the device."""
+        theirs = self.user_tree().get("zero_optimization", {}).get(name.replace("parameters", "param"), {})
+        return getattr(self, name) or theirs.get("device", "none") != "none"
 
     def user_tree(self) -> dict:
         """The user's own DeepSpeed settings; {} while they are still a path. Entries of "auto" are ours to fill.

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from dschat_kit.config import ConfigError, Pipeline
+from dschat_kit.machine import detect
 from dschat_kit.runs import RunError, read_json, write_json
 
 __all__ = ["METHODS", "compare", "failures", "figure", "gradient_figure", "launch_cases", "line", "plan",
@@ -57,6 +58,7 @@ def launch_cases(cases: list[dict], ranks: int = 1, zero: int = 0, export: Path 
     """
     if ranks < 1 or 256 % ranks:
         raise ConfigError(f"--ranks: got {ranks}\n  expected: a divisor of 256, the batch\n  change:   --ranks 2")
+    detect().check_ranks(ranks)
     folder = Path(tempfile.mkdtemp(prefix="dschat-verify-")) / "ppo"
     folder.mkdir()
     write_json(folder / "config.json", {"stage": "ppo", "preset": "verify", "config_hash": "", "seed": 0,

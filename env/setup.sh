@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes or checks .venv in the checkout: torch first, then everything else at the versions of env/constraints.txt.
 #
-#   bash env/setup.sh [EXTRA ...]     EXTRA: test, fetch (optional dependency groups of pyproject.toml)
+#   bash env/setup.sh [EXTRA ...]     EXTRA: test, fetch, tensorboard (optional dependency groups of pyproject.toml)
 #
 # DSCHAT_PIP_ARGS  added to every pip call, to choose a CPU or a CUDA build of torch (an index, a wheel folder)
 # DSCHAT_PYTHON    the Python to build .venv from, when the one found first is not the one you want
@@ -127,7 +127,7 @@ mend_scripts() {
 }
 
 for extra in "$@"; do
-  case $extra in test | fetch) ;; *) die "got the extra '$extra'" "  expected: test, fetch" ;; esac
+  case $extra in test | fetch | tensorboard) ;; *) die "got the extra '$extra'" "  expected: test, fetch, tensorboard" ;; esac
 done
 read -r -a pip_args <<<"${DSCHAT_PIP_ARGS-}"
 pip_pid=

@@ -10,6 +10,6 @@ arguments=()
 for argument in "$@"; do
   if [[ $argument == --all ]]; then select=(); else arguments+=("$argument"); fi
 done
-bash "$root/env/setup.sh" test fetch
+bash "$root/env/setup.sh" test fetch tensorboard
 cd -- "$root"
 exec "$root/.venv/bin/python" -m pytest ${select[@]+"${select[@]}"} ${arguments[@]+"${arguments[@]}"}

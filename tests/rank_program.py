@@ -7,11 +7,13 @@ import json
 import sys
 from pathlib import Path
 
+import deepspeed
 import torch
 import torch.distributed as dist
 
 from dschat_kit.engine.ema import Ema
-from dschat_kit.engine.zero import full_state_dict
+from dschat_kit.engine.zero import full_state_dict, whole_layers
+from dschat_kit.models import saving
 from dschat_kit.rlhf.experience import Experience
 from dschat_kit.runs import StageRun, write_json
 from dschat_kit.train import dpo, judge, ppo, rank, reward, sft
@@ -19,6 +21,39 @@ from dschat_kit.train.session import Session
 from dschat_kit.train.watch import Watch
 
 B, P, A, STEPS, DECAY = 16, 6, 8, 20, 0.9
+
+
+class Counted(deepspeed.zero.GatheredParameters):
+    """DeepSpeed's context, counting the bytes that are whole at the same time."""
+    now = peak = 0
+
+    def __enter__(self):
+        super().__enter__()
+        params = self.params if self.enabled else ()
+        self.bytes = sum(parameter.ds_numel * parameter.element_size() for parameter in params)
+        Counted.now += self.bytes
+        Counted.peak = max(Counted.peak, Counted.now)
+
+    def __exit__(self, *exc):
+        Counted.now -= self.bytes
+        return super().__exit__(*exc)
+
+
+class Counting(Session):
+    """A session that writes gathered.json: the bytes of the model, and the most that was whole at once while it was
+    loaded and exported."""
+
+    def begin(self, *args):
+        self.loading, Counted.peak = Counted.peak, 0
+        return super().begin(*args)
+
+    def export(self, model, *args):
+        Counted.peak = 0
+        super().export(model, *args)
+        whole = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
+        if self.is_main:
+            write_json(self.run.path / "gathered.json", {"loading": self.loading, "export": Counted.peak,
+                                                         "whole": whole})
 
 
 def experience(vocabulary: int) -> Experience:
@@ -35,8 +70,9 @@ def experience(vocabulary: int) -> Experience:
                       ref_logprobs=logprobs, scores=torch.randn(B, generator=g), **floats)
 
 
-def replay(session: Session) -> dict:
-    """20 updates on one experience; the moving average against its closed form. Writes replay.json."""
+def replay(session: Session, saved_average: str) -> dict:
+    """20 updates on one experience; the moving average against its closed form, and against the one that another job
+    of other ranks and another ZeRO stage saved (a folder, or ""). Writes replay.json."""
     _, tokenizer, _ = session.prepare_data()
     roles, session.total = ppo.build_roles(session, tokenizer), STEPS
     mine = experience(len(tokenizer)).select(range(session.rank, B, session.world_size))
@@ -50,37 +86,44 @@ def replay(session: Session) -> dict:
         ema.update()
         state = full_state_dict(model, session.is_main)
         closed = {name: DECAY * closed[name] + (1 - DECAY) * state[name].double() for name in state}
-    found = ema.state_dict()
+    found = {name: value.clone() for layer in whole_layers(model, session.is_main)
+             for name, value in ema.instead(layer).items() if name in trained}
     place = str(session.run.path / "ema")
     ema.save_checkpoint(place, "state")
     dist.barrier()
     again = Ema(roles.actor, DECAY)
     again.load_checkpoint(place, "state")
     assert all(torch.equal(part, ema.parts[name][0]) for name, (part, _) in again.parts.items())
+    moved = 0.0
+    if saved_average:
+        again.load_checkpoint(saved_average, "state")
+        moved, = session.largest(max(float((part - ema.parts[name][0]).abs().max()) for name, (part, _) in
+                                     again.parts.items()))
     elements, = session.sum(sum(part.numel() for part, _ in ema.parts.values()))
     if session.is_main:
         assert sorted(found) == sorted(trained), set(trained) ^ set(found)
         worst = max(float((found[name] - closed[name]).abs().max() / closed[name].abs().max()) for name in found)
         drift = max(float((state[name] - closed[name]).abs().max()) for name in found)
         write_json(session.run.path / "replay.json", {
-            "rows": rows, "ema_error": worst, "ema_distance": drift, "ema_elements": elements,
+            "rows": rows, "ema_error": worst, "ema_distance": drift, "ema_elements": elements, "ema_moved": moved,
             "elements": sum(value.numel() for value in found.values()),
             "dtypes": sorted({str(value.dtype) for value in found.values()})})
     return {}
 
 
 def main(jobs: list[dict]) -> None:
-    first = True
+    first, deepspeed.zero.GatheredParameters = True, Counted
     for job in jobs:
         run = StageRun(job["path"])
         if first:
             rank._start(run)
             first = False
-        session = Session(run, resume=job.get("resume", False), console=sys.stdout,
-                          watch=Watch(lambda error: 1))
+        saving.SHARD_BYTES, Counted.peak = job.get("shard_bytes", 2**31), 0
+        session = Counting(run, resume=job.get("resume", False), console=sys.stdout,
+                           watch=Watch(lambda error: 1))
         torch.manual_seed(0)
         if job.get("replay"):
-            replay(session)
+            replay(session, job.get("saved_average", ""))
         else:
             stages = {"sft": sft.train, "reward": reward.train, "dpo": dpo.train, "ppo": ppo.train}
             session.finish((judge.judge if job.get("judge") else stages[run.stage])(session))

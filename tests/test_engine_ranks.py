@@ -5,12 +5,14 @@ import csv
 import json
 import math
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from launching import job, launch
 from peft import PeftModel
+from safetensors.torch import load_file
 from tiny_models import FAMILIES, SHAPES, folder
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -19,13 +21,27 @@ from dschat_kit.study import beside
 
 pytestmark = pytest.mark.ranks
 CHAIN = ("sft", "reward", "ppo")
+NAMES = ("score_mean", "kl", "policy_loss", "value_loss", "entropy", "grad_norm_actor", "clip_fraction")
+SHARD = 60_000
+"""Bytes of a file of weights here: less than any of these models."""
+SAVING = ["zero.stage=2", "ppo.max_steps=3", "ppo.ema_decay=0.9", "checkpoint.every_steps=1"]
 SHORT = ["data.rows=120", "data.eval_rows=16", "sft.max_steps=2", "reward.max_steps=2", "ppo.mini_batch_size=8",
          "ppo.micro_batch_size=2"]
 
 
-def replayed(root: Path, zero: int, *sets: str) -> list[dict]:
+def replayed(root: Path, zero: int, *sets: str, average_of: Path | None = None) -> list[dict]:
     """SFT and reward model of 20 steps each, then 20 PPO updates on one experience."""
-    return [job(root / f"zero{zero}", stage, f"zero.stage={zero}", *sets, replay=stage == "ppo") for stage in CHAIN]
+    saved = str(average_of / "ppo" / "ema") if average_of else ""
+    return [job(root / f"zero{zero}", stage, f"zero.stage={zero}", *sets, replay=stage == "ppo", shard_bytes=SHARD,
+                saved_average=saved) for stage in CHAIN]
+
+
+def upon(root: Path, name: str, *sets: str) -> dict:
+    """PPO in root/name, upon the stages that stand in root."""
+    (root / name).mkdir(parents=True)
+    for stage in ("data", "sft", "reward"):
+        (root / name / stage).symlink_to(root / stage)
+    return job(root / name, "ppo", *sets)
 
 
 def seen(root: Path, zero: int) -> dict[str, list[float]]:
@@ -48,13 +64,29 @@ def average_is_right(root: Path, zero: int) -> None:
     found = json.loads((root / f"zero{zero}" / "ppo" / "replay.json").read_text())
     assert found["ema_error"] < 2e-6 and found["ema_distance"] > 1e-3 and found["dtypes"] == ["torch.float32"]
     assert found["ema_elements"] == found["elements"]  # no part twice, none missing
+    assert found["ema_moved"] < 1e-5  # that of another job: other ranks, another stage, the same losses
+
+
+def never_whole(stage: Path, loaded: bool = True) -> None:
+    """Under ZeRO-3 a stage gathered its model in parts, and wrote it as several files that plain transformers reads."""
+    found = json.loads((stage / "gathered.json").read_text())
+    assert 0 < found["export"] < 0.6 * found["whole"], (stage, found)
+    assert not loaded or 0 < found["loading"] < 0.6 * found["whole"], (stage, found)
+    for name in ("model", "ema") if (stage / "ema").exists() else ("model",):
+        index = json.loads((stage / name / "model.safetensors.index.json").read_text())
+        files = sorted(path.name for path in (stage / name).glob("*.safetensors"))
+        assert files == sorted(set(index["weight_map"].values())) and len(files) > 1
+        kind = AutoModelForSequenceClassification if stage.name == "reward" else AutoModelForCausalLM
+        _, said = kind.from_pretrained(stage / name, output_loading_info=True)
+        assert not any(said.values()), (stage, said)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    """ZeRO-0 on one rank: plain training, which all others are held against."""
+    """ZeRO-0 on one rank: plain training, which all others are held against; and PPO that saves as it goes."""
     root = tmp_path_factory.mktemp("alone")
-    launch(root, [*replayed(root, 0), job(root / "zero0", "dpo", "zero.stage=0"), *judged(root)], 1)
+    launch(root, [*replayed(root, 0), upon(root / "zero0", "saving", *SAVING),
+                  job(root / "zero0", "dpo", "zero.stage=0"), *judged(root)], 1)
     return root
 
 
@@ -69,14 +101,17 @@ def judged(root: Path) -> list[dict]:
 
 
 def test_two_ranks_with_zero_2_and_3_give_the_losses_and_the_average_of_one_rank(alone, tmp_path):
-    more = job(tmp_path / "zero3", "dpo", "zero.stage=3", "dpo.micro_batch_size=4")
-    launch(tmp_path, [*replayed(tmp_path, 2), *replayed(tmp_path, 3), more], 2)
+    average, more = {"average_of": alone / "zero0"}, job(tmp_path / "zero3", "dpo", "zero.stage=3",
+                                                         "dpo.micro_batch_size=4")
+    launch(tmp_path, [*replayed(tmp_path, 2, **average), *replayed(tmp_path, 3, **average), more], 2)
     for zero in (2, 3):
         same(seen(alone, 0), seen(tmp_path, zero))
         average_is_right(tmp_path, zero)
     average_is_right(alone, 0)
     one, two = (read_metrics(place / "dpo" / "metrics.jsonl") for place in (alone / "zero0", tmp_path / "zero3"))
     same(*({name: [row[name] for row in rows] for name in ("loss", "grad_norm")} for rows in (one, two)))
+    for stage in ("sft", "reward"):
+        never_whole(tmp_path / "zero3" / stage, loaded=stage == "reward")
 
 
 def test_dpo_begins_at_the_sft_model_and_learns_its_pairs(alone):
@@ -99,10 +134,30 @@ def test_an_exported_model_is_judged_as_it_was_while_it_trained_and_best_of_n_ta
     assert drawn == [4 * drawn[2], 2 * drawn[2], drawn[2]] and drawn[2] > 8
 
 
+def went_on(whole: Path, cut: Path) -> None:
+    """A run that went on from step 2 on other ranks did what the whole one does, to rounding."""
+    assert json.loads((cut / "result.json").read_text())["resumed_from"] == [2]
+    rows, others = (read_metrics(path / "metrics.jsonl") for path in (whole, cut))
+    assert rows[:2] == others[:2] and len(rows) == len(others) == 3
+    for name in NAMES:
+        assert rows[2][name] == pytest.approx(others[2][name], rel=1e-4, abs=1e-5), name
+    for name in ("model", "ema"):
+        one, other = (load_file(path / name / "model.safetensors") for path in (whole, cut))
+        assert all(torch.allclose(one[key], other[key], atol=1e-5) for key in one)
+
+
 @pytest.mark.slow
 def test_every_other_zero_stage_gives_them_too(alone, tmp_path):
-    launch(tmp_path / "one", [job for zero in (1, 2, 3) for job in replayed(tmp_path / "one", zero)], 1)
-    launch(tmp_path / "two", [job for zero in (0, 1) for job in replayed(tmp_path / "two", zero)], 2)
+    """And PPO that was saved on one rank goes on on two, its moving average too."""
+    cut, whole = upon(alone / "zero0", "cut", *SAVING), alone / "zero0" / "saving" / "ppo"
+    shutil.copytree(whole / "checkpoints", Path(cut["path"]) / "checkpoints")
+    shutil.copy(whole / "metrics.jsonl", cut["path"])
+    two, average = [one for zero in (0, 1) for one in replayed(tmp_path / "two", zero)], tmp_path / "two" / "zero1"
+    said = launch(tmp_path / "two", [*two, cut | {"resume": True}], 2)
+    assert "step-000002 is of 1 ranks, now 2" in said[0]
+    went_on(whole, Path(cut["path"]))
+    launch(tmp_path / "one", [one for zero in (1, 2, 3) for one in
+                              replayed(tmp_path / "one", zero, average_of=average)], 1)
     for place, zero in (("one", 1), ("one", 2), ("one", 3), ("two", 0), ("two", 1)):
         same(seen(alone, 0), seen(tmp_path / place, zero))
         average_is_right(tmp_path / place, zero)
@@ -124,21 +179,22 @@ def test_offloaded_optimisers_and_parameters_and_checkpointing_give_them_too(alo
 def test_every_family_passes_all_three_stages_sharded(tmp_path):
     families = [*FAMILIES, *sorted(set(SHAPES) - set(FAMILIES))]
     models = {family: folder(tmp_path / "models" / family, family) for family in families}
-    launch(tmp_path, [job(tmp_path / family, stage, f"model.name={models[family]}", "zero.stage=3", *SHORT)
-                      for family in families for stage in CHAIN], 2)
+    launch(tmp_path, [job(tmp_path / family, stage, f"model.name={models[family]}", "zero.stage=3", *SHORT,
+                          shard_bytes=SHARD) for family in families for stage in CHAIN], 2)
     for family in families:
         first = read_metrics(tmp_path / family / "ppo" / "metrics.jsonl")[0]
         assert first["first_ratio_max"] == pytest.approx(1, abs=1e-5) and abs(first["kl"]) < 1e-5, family
         assert all(row["grad_norm"] > 0 for stage in ("sft", "reward")
                    for row in read_metrics(tmp_path / family / stage / "metrics.jsonl")), family
-        AutoModelForCausalLM.from_pretrained(tmp_path / family / "ppo" / "model")
+        for stage in CHAIN:
+            never_whole(tmp_path / family / stage)
 
 
 # -- adapters
 
 LORA = [*SHORT, "lora.rank=4", "ppo.lr_actor=4e-3", "ppo.lr_critic=4e-3", "ppo.grad_clip=1000", "ppo.ema_decay=0.9",
-        "sft.lr=1e-2", "reward.lr=1e-2", "telemetry.csv=true"]
-NAMES = ("score_mean", "kl", "policy_loss", "value_loss", "entropy", "grad_norm_actor", "clip_fraction")
+        "sft.lr=1e-2", "reward.lr=1e-2", "telemetry.csv=true",
+        f"telemetry.tensorboard={'true' if find_spec('tensorboard') else 'false'}"]
 
 
 @pytest.fixture(scope="module")
@@ -146,15 +202,16 @@ def adapted(tmp_path_factory) -> Path:
     """LoRA through the chain of two families, then PPO again upon one shared base."""
     root = tmp_path_factory.mktemp("adapted")
     jobs = []
-    for family in ("llama", "gpt2"):
-        sets = [*LORA, f"model.name={folder(root / 'models' / family, family)}", "zero.stage=2"]
-        jobs += [job(root / family, stage, *sets) for stage in CHAIN] + [shared(root, family, "shared2", *sets)]
+    for family, zero in (("llama", 2), ("gpt2", 3)):
+        sets = [*LORA, f"model.name={folder(root / 'models' / family, family)}", f"zero.stage={zero}"]
+        chain = [*(job(root / family, stage, *sets) for stage in CHAIN), shared(root, family, "shared2", *sets)]
+        jobs += [one | {"shard_bytes": SHARD if zero == 3 else 2**31} for one in chain]
     launch(root, jobs, 2)
     return root
 
 
 def shared(root: Path, family: str, name: str, *sets: str) -> dict:
-    return job(beside(root / family / name, root / family), "ppo", *sets, "lora.share_base=true")
+    return upon(root / family, name, *sets, "lora.share_base=true")
 
 
 def first_row(*place) -> dict:
@@ -189,6 +246,10 @@ def test_one_base_gives_the_same_under_every_zero_stage_and_with_checkpointing(a
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_merged_model_and_exported_adapter_say_the_same(adapted, family):
     ids, run = torch.arange(2, 26).view(2, 12), adapted / family
+    if family == "gpt2":
+        for place in (run, run / "shared2"):
+            for stage in ("ppo",) if place.name == "shared2" else CHAIN:
+                never_whole(place / stage)
     base = {"sft": adapted / "models" / family, "reward": run / "sft" / "model", "ppo": run / "sft" / "model"}
     for stage, name in (("sft", "model"), ("reward", "model"), ("ppo", "model"), ("ppo", "ema")):
         kind = AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM
@@ -243,3 +304,15 @@ def test_csv_files_hold_the_metrics_and_the_card_the_result(adapted):
         assert str(adapted) not in card
     assert "moving average" in (adapted / "llama" / "ppo" / "ema" / "README.md").read_text()
     assert {"memory_mb_generation", "memory_mb_scoring", "memory_mb_training"} <= set(first_row(adapted, "llama"))
+
+
+@pytest.mark.slow
+def test_tensorboard_reads_the_metrics(adapted):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator",
+                                 reason="the extra tensorboard is not installed")
+    for stage, name in (("sft", "loss"), ("ppo", "score_mean")):
+        place = adapted / "llama" / stage
+        found = events.EventAccumulator(str(place / "tensorboard")).Reload().Scalars(name)
+        rows = read_metrics(place / "metrics.jsonl")
+        assert [event.step for event in found] == [row["step"] for row in rows]
+        assert [event.value for event in found] == pytest.approx([row[name] for row in rows], rel=1e-6)

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import deepspeed
 import pytest
@@ -46,6 +47,14 @@ def test_a_json_that_contradicts_a_setting_is_refused_by_name(tree, said):
     assert said in str(caught.value) and "expected:" in str(caught.value) and "change:" in str(caught.value)
 
 
+@pytest.mark.parametrize("key, stage", [("offload_optimizer", 0), ("offload_param", 2)])
+def test_a_json_that_offloads_what_is_not_sharded_is_refused_too(key, stage):
+    own = json.dumps({"zero_optimization": {key: {"device": "nvme", "nvme_path": "/nvme"}}})
+    with pytest.raises(ConfigError, match=f"offloading with zero.stage {stage}"):
+        Zero(stage=stage, deepspeed=own)
+    Zero(stage=3, deepspeed=own)
+
+
 def test_optimizer_states_are_where_the_merged_configuration_says():
     for name, place in (("zero0-fp32", "none"), ("zero2-offload", "cpu"), ("zero3-own-json", "nvme")):
         zero, dtype = CASES[name]
@@ -67,7 +76,8 @@ def test_the_log_says_which_adam(monkeypatch, capsys, gpu, config, kind, builds)
     for name in ("FusedAdam", "DeepSpeedCPUAdam"):
         other = build if name == kind else (lambda *_, **__: pytest.fail("the wrong Adam"))
         monkeypatch.setattr(deepspeed.ops.adam, name, other)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    accelerator = SimpleNamespace(device_name=lambda: "cuda" if gpu else "cpu")
+    monkeypatch.setattr(deepspeed, "get_accelerator", lambda: accelerator)
     weights = [{"params": [torch.nn.Parameter(torch.ones(2))]}]
     found, said = _adam(weights, {"zero_optimization": config}, lr=0.1, eps=1e-5, weight_decay=0.1), capsys.readouterr()
     assert (found in made) == (builds and kind is not None) and found.defaults["betas"] == (0.9, 0.95)
@@ -100,6 +110,15 @@ def test_deepspeed_accepts_the_configuration(stage, dtype):
     assert found["gradient_clipping"] == 1.5 and "optimizer" not in found and "scheduler" not in found
     parsed = DeepSpeedConfig(found)
     assert parsed.zero_config.stage == stage and parsed.train_batch_size == 12
+
+
+def test_deepspeed_accepts_a_json_of_the_user_merged_over_ours():
+    from deepspeed.runtime.config import DeepSpeedConfig
+    zero, dtype = CASES["zero3-own-json"]
+    parsed = DeepSpeedConfig(deepspeed_config(zero, dtype, micro_batch_size=4, accumulation=3, grad_clip=1.5))
+    own = parsed.zero_config
+    assert (own.offload_optimizer.device, own.zero_hpz_partition_size, own.reduce_bucket_size) == ("nvme", 8, 1000)
+    assert own.zero_quantized_weights and parsed.communication_data_type == torch.float32
 
 
 @given(st.integers(1, 200), st.floats(0, 1), st.floats(0, 1), st.sampled_from(["cosine", "linear"]))

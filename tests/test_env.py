@@ -192,7 +192,7 @@ def test_an_old_or_unusable_python_is_named(checkout, tmp_path):
 
 def test_an_unknown_extra_is_refused(checkout):
     done = setup(checkout, "gpu")
-    assert done.returncode == 1 and "'gpu'" in done.stderr and "test, fetch" in done.stderr
+    assert done.returncode == 1 and "'gpu'" in done.stderr and "test, fetch, tensorboard" in done.stderr
 
 
 def test_run_and_test_pass_their_arguments_on(checkout):

@@ -59,8 +59,20 @@ def test_a_damaged_weight_file_is_named(tmp_path):
 def test_tensorboard_that_is_not_installed_is_said(monkeypatch):
     pipeline, find = Pipeline().with_overrides(["telemetry.tensorboard=true"]), importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find(name))
-    with pytest.raises(ConfigError, match="pip install tensorboard"):
+    with pytest.raises(ConfigError, match="env/setup.sh tensorboard"):
         refuse(pipeline, CPU)
+
+
+@pytest.mark.parametrize("machine, ranks, said", [
+    (CPU, 3, "got 3\n  expected: 1 to 2, the cores"), (CPU, 0, "got 0"), (CPU, 2, None),
+    (dataclasses.replace(AMPERE, devices=8), 8, None), (dataclasses.replace(AMPERE, devices=8), 9, "got 9.*\n.*GPUs")])
+def test_more_ranks_than_devices_are_refused(machine, ranks, said):
+    if said is None:
+        machine.check_ranks(ranks)
+        return
+    with pytest.raises(ConfigError, match=f"--num-gpus: {said}") as caught:
+        machine.check_ranks(ranks)
+    assert "change:   --num-gpus 2" in str(caught.value) or ranks == 9
 
 
 def test_a_deepspeed_json_travels_as_text_and_changes_the_hash(tmp_path):

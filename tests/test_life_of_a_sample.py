@@ -18,7 +18,8 @@ from dschat_kit.data.tokenizer import pad_id_of
 from dschat_kit.engine.decode import Plain, decode
 from dschat_kit.engine.rollout_types import KitRequest
 from dschat_kit.metrics import JsonlWriter, read_metrics
-from dschat_kit.models.loading import load_causal_lm, model_inputs, save_folder
+from dschat_kit.models.loading import load_causal_lm, model_inputs
+from dschat_kit.models.saving import save_folder
 from dschat_kit.models.scalar_model import last_token, load_scalar_model, response_values
 from dschat_kit.rlhf.logprobs import response_logprobs
 from dschat_kit.rlhf.losses import policy_loss, preference_loss, sft_loss, value_loss

@@ -3,21 +3,23 @@
 import pytest
 import torch
 from references import response_logits
-from tiny_models import SETTINGS, VOCABULARY, causal_lm, folder, tokenizer
+from tiny_models import SETTINGS, SHAPES, VOCABULARY, causal_lm, folder, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from dschat_kit.config import ConfigError, Lora, Model
 from dschat_kit.data.sources import DataError
 from dschat_kit.data.tokenizer import require_same_tokenizer, train_tokenizer
+from dschat_kit.engine.zero import whole_layers
+from dschat_kit.models import saving
 from dschat_kit.models.loading import (
     accepts,
     check_length,
     load_causal_lm,
     load_config,
     model_inputs,
-    save_folder,
 )
 from dschat_kit.models.lora import add_adapters, merge_adapters
+from dschat_kit.models.saving import save_folder
 from dschat_kit.models.scalar_model import load_scalar_model
 
 
@@ -68,6 +70,22 @@ def test_a_saved_folder_loads_in_plain_transformers_with_the_same_logits(tmp_pat
     plain, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval(), torch.arange(2, 12)[None]
     with torch.no_grad():
         assert torch.equal(plain(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_a_model_written_in_parts_is_the_same(family, tmp_path, monkeypatch):
+    """Files of at most 60 KB, layer by layer, with an index; what is tied, and experts, come back as they were."""
+    monkeypatch.setattr(saving, "SHARD_BYTES", 60_000)
+    model, ids = causal_lm(family), torch.arange(2, 12)[None]
+    whole, layers = model.num_parameters(), list(whole_layers(model, keep=True))
+    assert max(sum({id(t): t.numel() for t in layer.values()}.values()) for layer in layers) < 0.6 * whole
+    save_folder(model, tokenizer(), tmp_path / "model", layers)
+    files = sorted(path.name for path in (tmp_path / "model").glob("*.safetensors"))
+    assert len(files) > 1 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    plain, said = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(said.values()), said
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def _bert(path, auto_class):
@@ -132,7 +150,7 @@ def test_adapters_change_nothing_at_first_and_merge_exactly(architecture, tmp_pa
                 parameter.normal_(generator=torch.Generator().manual_seed(0))
         changed = response_logits(model, ids, mask, 7)
         assert not torch.allclose(plain(input_ids=ids).logits[:, :-1], changed, atol=0.1)
-        save_folder(model, tokenizer(), tmp_path / "model", merge_adapters(model, model.state_dict()))
+        save_folder(model, tokenizer(), tmp_path / "model", [merge_adapters(model, model.state_dict())])
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
         found = merged(input_ids=ids).logits[:, :-1]
     assert float((found - changed).abs().max() / changed.abs().max()) < 1e-5

@@ -61,6 +61,14 @@ def test_time_split_adds_up(root):
     assert len(shares) == 4 and abs(sum(shares) - 100) <= 2
 
 
+def test_engines_are_compared_by_phase():
+    phases = {"generation": 2.0, "scoring": 1.0, "training": 3.0}
+    slow = {"generation": 5.0, "scoring": 1.0, "training": 3.0}
+    figure = plots.engine_time_split({"engines": {"kit": {"phases": phases}, "hf": {"phases": slow}, "deepspeed": None},
+                                      "ratio_to_hf": 1.5})
+    assert [text.get_text() for text in figure.axes[0].texts] == ["6.00 s", "9.00 s"] and "1.50" in figure.get_label()
+
+
 def test_null_values_are_left_out(tmp_path):
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft/metrics.jsonl").write_text('{"step": 1, "loss": null}\n{"step": 2, "loss": 3.0}\n{"step": 3, "lo')

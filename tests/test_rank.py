@@ -86,10 +86,20 @@ def test_a_launch_never_writes_over_an_earlier_one(run, state, resume, refused):
         assert run.status["state"] == "running" and run.status["pid"] == os.getpid()
 
 
-def start(run, *options):
+def start(run, *options, program=("-m", "dschat_kit.train.sft")):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, "-m", "dschat_kit.train.sft", "--run", str(run.path), *options], text=True,
+    return subprocess.run([sys.executable, *program, "--run", str(run.path), *options], text=True,
                           capture_output=True, env=environment, timeout=120, cwd=Path(__file__).parents[1])
+
+
+def test_a_rank_that_hangs_before_its_first_step_is_ended_with_its_stack(run):
+    config = run.config
+    config["pipeline"]["telemetry"]["hang_minutes"] = 0.02
+    write_json(run.path / "config.json", config)
+    loading = "import time\nfrom dschat_kit.train import rank\ndef load(session): time.sleep(60)\nrank.main(load)"
+    done = start(run, "--resume", program=("-c", loading))
+    assert done.returncode == 1 and "no progress for 1.2 s" in done.stderr and run.status["state"] == "failed"
+    assert "in load" in (run.logs / "rank0.log").read_text()
 
 
 def test_a_folder_in_use_is_left_alone(run):

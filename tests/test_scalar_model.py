@@ -6,7 +6,7 @@ from tiny_models import SETTINGS, VOCABULARY, causal_lm, folder, tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from dschat_kit.config import ConfigError
-from dschat_kit.models.loading import save_folder
+from dschat_kit.models.saving import save_folder
 from dschat_kit.models.scalar_model import last_token, load_scalar_model, response_values
 
 

@@ -26,29 +26,29 @@ class Ema:
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, decay: float):
         self.decay, self.device = decay, engine.device
-        self._trained = {name: parameter for name, parameter in engine.module.named_parameters()
+        self.trained = {name: parameter for name, parameter in engine.module.named_parameters()
                          if parameter.requires_grad and ("lora_" not in name or f".{ACTOR}." in name)}
         self.parts = {name: (part.detach().float().clone(), start)
-                      for name, (part, start) in owned_parts(self._trained).items()}
+                      for name, (part, start) in owned_parts(self.trained).items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """To be called once after every optimiser step."""
-        for name, (part, _) in owned_parts(self._trained).items():
+        for name, (part, _) in owned_parts(self.trained).items():
             self.parts[name][0].lerp_(part.detach().float(), 1 - self.decay)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Whole fp32 averages of the trained parameters on the CPU of the main rank; other ranks get {}. Collective."""
-        state = {}
-        for name, parameter in self._trained.items():
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            whole = torch.zeros(shape.numel(), device=self.device)
-            part, start = self.parts.get(name, (whole[:0], 0))
-            whole[start:start + part.numel()] = part.to(whole.device)
-            dist.reduce(whole, 0)
-            if dist.get_rank() == 0:
-                state[name] = whole.view(shape).cpu()
-        return state
+    def instead(self, layer: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A part of the state dict with the averages in the place of what is averaged. Collective."""
+        averages = {id(value): self._whole(name).to(value) for name, value in layer.items() if name in self.trained}
+        return {name: averages.get(id(value), value) for name, value in layer.items()}
+
+    def _whole(self, name: str) -> Tensor:
+        shape = getattr(self.trained[name], "ds_shape", self.trained[name].shape)
+        whole = torch.zeros(shape.numel(), device=self.device)
+        part, start = self.parts.get(name, (whole[:0], 0))
+        whole[start:start + part.numel()] = part.to(whole.device)
+        dist.all_reduce(whole)
+        return whole.view(shape)
 
     def save_checkpoint(self, folder: str, tag: str, **_) -> None:
         """This rank's parts as one file beside the engines' shards."""

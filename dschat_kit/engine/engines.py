@@ -37,7 +37,7 @@ def build_engine(model: nn.Module, pipeline: Pipeline, *, lr: float, batch_size:
 def _adam(groups: list[dict], config: dict, **how) -> torch.optim.Optimizer:
     """AdamW: DeepSpeed's CPU kernel for offloaded states and its fused one on a GPU where they build, else torch's."""
     how["betas"], name, reason = (0.9, 0.95), "torch AdamW", ""
-    on_gpu = "FusedAdam" if torch.cuda.is_available() else ""
+    on_gpu = "FusedAdam" if deepspeed.get_accelerator().device_name() == "cuda" else ""
     kind = "DeepSpeedCPUAdam" if optimizer_device(config) != "none" else on_gpu
     try:
         made, name = (getattr(deepspeed.ops.adam, kind)(groups, **how), kind) if kind else (None, name)

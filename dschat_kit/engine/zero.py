@@ -1,6 +1,8 @@
 """The only file that knows how ZeRO holds parameters: sharded loading, gathering, and each rank's own fp32 part."""
 
-from contextlib import contextmanager, nullcontext
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import deepspeed
@@ -12,7 +14,10 @@ from torch import Tensor, nn
 from dschat_kit.config import Pipeline
 from dschat_kit.engine.engines import frozen_config
 
-__all__ = ["clear_gradients", "full_state_dict", "gathered", "owned_parts", "sharded_loading"]
+__all__ = ["clear_gradients", "full_state_dict", "gathered", "owned_parts", "sharded_loading", "whole_layers"]
+
+LAYER = re.compile(r".*?\.\d+\.|.*?(?=\.base_layer\.|\.lora_|\.[^.]+$)|.*")
+"""What names of one layer begin with; outside of the layers, those of one module and its adapters."""
 
 
 @contextmanager
@@ -32,12 +37,9 @@ def sharded_loading(pipeline: Pipeline, source: str | Path):
         del kept
 
 
-@contextmanager
-def gathered(*parameters: nn.Parameter):
-    """Whole parameters inside; what rank 0 writes is kept where they are sharded, so all have to write the same."""
-    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0) if sharded else nullcontext():
-        yield
+def gathered(*tensors: Tensor, writer: int | None = None):
+    """A context in which those that ZeRO-3 has sharded are whole. What the rank `writer` writes inside is kept."""
+    return deepspeed.zero.GatheredParameters(tensors, modifier_rank=writer)
 
 
 def owned_parts(trained: dict[str, nn.Parameter]) -> dict[str, tuple[Tensor, int]]:
@@ -69,22 +71,28 @@ def clear_gradients(parameters: list[nn.Parameter]) -> None:
             safe_set_local_grad(parameter, torch.zeros(parameter.ds_tensor.numel(), device=parameter.ds_tensor.device))
 
 
-def full_state_dict(module: nn.Module, is_main: bool) -> dict[str, torch.Tensor]:
-    """Whole weights of `module` on the CPU of the main rank; other ranks get {}.
+def whole_layers(module: nn.Module, keep: bool) -> Iterator[dict[str, Tensor]]:
+    """The state dict of `module` in parts: one decoder layer after another, outside of them one module.
 
-    Every rank has to call it: under ZeRO-3 each parameter is gathered for a moment, one at a time. Tied weights stay
-    one tensor with two names.
+    Every rank has to take all of them: under ZeRO-3 a layer is gathered when it is asked for, so no rank ever holds the
+    whole model. `keep` makes copies on the CPU; without it a layer is whole only until the next one is asked for.
+    Tied weights come together, one tensor with several names.
     """
-    if not any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
-        return {name: value.detach().cpu() for name, value in module.state_dict().items()} if is_main else {}
-    state, whole = {}, {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        with deepspeed.zero.GatheredParameters([parameter]):
-            if is_main:
-                if id(parameter) not in whole:
-                    whole[id(parameter)] = parameter.detach().cpu().clone()
-                state[name] = whole[id(parameter)]
-    if is_main:
-        persistent = module.state_dict()
-        state |= {name: buffer.detach().cpu() for name, buffer in module.named_buffers() if name in persistent}
-    return state
+    names: dict[int, list[str]] = {}
+    layers: dict[str, list[Tensor]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in names:
+            layers.setdefault(LAYER.match(name).group(), []).append(tensor)
+        names.setdefault(id(tensor), []).append(name)
+    for tensors in layers.values():
+        with gathered(*tensors):
+            whole = {}
+            for tensor in tensors:
+                value = tensor.detach().to("cpu", copy=hasattr(tensor, "ds_id")) if keep else tensor.detach()
+                whole |= dict.fromkeys(names[id(tensor)], value)
+            yield whole
+
+
+def full_state_dict(module: nn.Module, is_main: bool) -> dict[str, Tensor]:
+    """All of `whole_layers` at once on the CPU of the main rank, for small models; other ranks get {}. Collective."""
+    return {name: value for layer in whole_layers(module, is_main) for name, value in layer.items() if is_main}

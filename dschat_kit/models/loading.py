@@ -4,9 +4,6 @@ Shapes: B sequences, T prompt + response, A response tokens, V vocabulary.
 """
 
 import inspect
-import os
-import shutil
-from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -17,10 +14,9 @@ from torch import Tensor, nn
 
 from dschat_kit.config import ConfigError, Model
 from dschat_kit.data.tokenizer import pad_id_of
-from dschat_kit.runs import RunError
 
 __all__ = ["DTYPES", "accepts", "can_pack", "check_length", "left_aligned", "load_causal_lm", "load_config",
-           "load_pretrained", "model_inputs", "quiet_loading", "response_columns", "save_folder"]
+           "load_pretrained", "model_inputs", "quiet_loading", "response_columns"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CAUSAL = ("ForCausalLM", "LMHeadModel")
@@ -32,9 +28,8 @@ def load_config(source: str | Path):
     try:
         config = AutoConfig.from_pretrained(str(source))
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model.name: got {str(source)!r}, which cannot be loaded: {_first_line(error)}\n"
-                          "  expected: `scratch`, a model folder or the name of a model on a reachable Hub\n"
-                          "  change:   --set model.name=PATH (`dschat fetch-model smollm2-135m` makes one)") from error
+        raise _unusable(source, f"cannot be loaded: {_first_line(error)}", "`scratch`, a model folder or the name of a "
+                        "model on a reachable Hub (`dschat fetch-model smollm2-135m` makes a folder)") from error
     for name, value in list(vars(config).items()):
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
@@ -52,11 +47,20 @@ def load_pretrained(auto_class, source: str | Path, config, settings: Model,
             model, info = auto_class.from_pretrained(str(source), config=config, dtype=DTYPES[settings.dtype],
                                                      output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"model.name: {str(source)!r} cannot be used: {_first_line(error)}\n"
-                          f"  expected: {expected}\n  change:   --set model.name=PATH") from error
+        raise _unusable(source, f"cannot be used: {_first_line(error)}", expected) from error
+    return _checkpointing(model, settings), sorted(info["missing_keys"])
+
+
+def _unusable(source: str | Path, problem: str, expected: str) -> ConfigError:
+    """The error for a model that has a problem."""
+    return ConfigError(f"model.name: {str(source)!r} {problem}\n  expected: {expected}\n"
+                       "  change:   --set model.name=PATH")
+
+
+def _checkpointing(model: nn.Module, settings: Model) -> nn.Module:
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model, sorted(info["missing_keys"])
+    return model
 
 
 def load_causal_lm(source: str | Path, settings: Model, tokenizer, seed: int) -> nn.Module:
@@ -71,16 +75,14 @@ def load_causal_lm(source: str | Path, settings: Model, tokenizer, seed: int) ->
         config, expected = load_config(source), "the folder or Hub name of a causal language model"
         kinds = [name for name in getattr(config, "architectures", None) or [] if "For" in name]
         if kinds and not any(name.endswith(CAUSAL) for name in kinds):
-            raise ConfigError(f"model.name: {str(source)!r} is no causal language model but {', '.join(kinds)}\n"
-                              f"  expected: {expected}\n  change:   --set model.name=PATH")
+            raise _unusable(source, f"is no causal language model but {', '.join(kinds)}", expected)
         model, missing = load_pretrained(AutoModelForCausalLM, source, config, settings, expected)
         if missing:
-            raise ConfigError(f"model.name: {str(source)!r} is no causal language model: it has no weights for "
-                              f"{', '.join(missing[:3])}\n  expected: {expected}\n  change:   --set model.name=PATH")
+            raise _unusable(source, f"is no causal language model: it has no weights for {', '.join(missing[:3])}",
+                            expected)
     embeddings = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
-        raise ConfigError(f"model.name: {str(source)!r} has {embeddings} embeddings\n  expected: at least the "
-                          f"tokenizer's {len(tokenizer)}\n  change:   the tokenizer or the model")
+        raise _unusable(source, f"has {embeddings} embeddings", f"at least the tokenizer's {len(tokenizer)}")
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = model.config.pad_token_id = pad_id_of(tokenizer)
     return model
@@ -96,10 +98,7 @@ def _from_scratch(settings: Model, tokenizer, seed: int) -> nn.Module:
         pad_token_id=pad_id_of(tokenizer), eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[settings.dtype])
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
+        return _checkpointing(AutoModelForCausalLM.from_config(config, dtype=DTYPES[settings.dtype]), settings)
 
 
 def check_length(config, tokens: int) -> None:
@@ -164,26 +163,6 @@ def response_columns(attention_mask: Tensor, response_length: int) -> Tensor:
     places = torch.arange(response_length, device=attention_mask.device) - 1
     columns = attention_mask[:, :-response_length].sum(1, keepdim=True) + places
     return columns.clamp(max=int(attention_mask.sum(1).max()) - 1)
-
-
-def save_folder(model: nn.Module, tokenizer, folder: Path, state_dict: dict | None = None,
-                beside: Callable[[Path], None] = lambda folder: None) -> None:
-    """Write a Hugging Face folder (safetensors, tokenizer, what `beside` adds) under a temporary name, then rename it
-    into place."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        with quiet_loading():
-            model.save_pretrained(temporary, state_dict=state_dict)
-        tokenizer.save_pretrained(temporary)
-        beside(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}\n"
-                       "  change: free space or --run-root") from error
 
 
 @contextmanager

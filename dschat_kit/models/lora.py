@@ -72,16 +72,15 @@ def merged_weight(layer: nn.Module, base: Tensor, first: Tensor, second: Tensor)
 
 
 def merge_adapters(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of `model` without adapters: each weight becomes its `merged_weight`.
+    """A state dict of `model`, or of some of its layers, without adapters: each weight becomes its `merged_weight`.
 
     Works on gathered weights, so it does not matter how `model` itself is sharded. Adapters of other roles are dropped.
     """
-    merged = {name: value for name, value in state.items() if "lora_" not in name}
-    for name, layer in _layers(model).items() if state else ():
-        factors = (state[f"{name}.lora_{side}.{ACTOR}.weight"] for side in "AB")
-        merged[f"{name}.weight"] = merged_weight(layer, merged.pop(f"{name}.base_layer.weight"), *factors)
-        if f"{name}.base_layer.bias" in merged:
-            merged[f"{name}.bias"] = merged.pop(f"{name}.base_layer.bias")
+    merged = {name.replace(".base_layer.", "."): value for name, value in state.items() if "lora_" not in name}
+    for name, layer in _layers(model).items():
+        if f"{name}.base_layer.weight" in state:
+            factors = (state[f"{name}.lora_{side}.{ACTOR}.weight"] for side in "AB")
+            merged[f"{name}.weight"] = merged_weight(layer, merged[f"{name}.weight"], *factors)
     return merged
 
 

@@ -90,6 +90,19 @@ def ppo_time_split(run) -> Figure:
     return _named(figure, "Time of PPO: " + ", ".join(f"{name} {part:.0%}" for name, part in share.items()))
 
 
+def engine_time_split(found: dict) -> Figure:
+    """Seconds of an iteration by phase, for each engine of `dschat bench ppo --json`."""
+    figure, (axes,) = _figure(1)
+    engines = {name: found["engines"][key]["phases"] for name, key in (("ours", "kit"), ("plain transformers", "hf"))}
+    _stacked(axes.barh, list(engines), {part: [one[part] for one in engines.values()] for part in engines["ours"]})
+    axes.bar_label(axes.containers[-1], [f"{sum(one.values()):.2f} s" for one in engines.values()], padding=4)
+    axes.margins(x=0.1)
+    axes.invert_yaxis()
+    axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    _label(axes, "seconds an iteration (median)", "")
+    return _named(figure, f"Time of an iteration: ours {found['ratio_to_hf']:.2f} times as fast as plain transformers")
+
+
 def chain_overview(root: str | Path) -> Figure:
     """The whole chain at a glance: SFT loss, reward accuracy, PPO score and KL, and gold where it is known."""
     sft, reward, ppo = (open_run(Path(root), stage) for stage in ("sft", "reward", "ppo"))

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from dschat_kit.config import STAGES, ConfigError, Pipeline
+from dschat_kit.config import STAGES, Pipeline
 from dschat_kit.feasible import refuse
 from dschat_kit.machine import checkout, detect, own_path, resolve
 from dschat_kit.presets import get_preset
@@ -52,11 +52,8 @@ def configuration(preset: str | None, run_root: str | Path | None, overrides=())
 def check(pipeline: Pipeline, stages: tuple[str, ...], num_gpus: int | None) -> int:
     """What can be checked before a folder is touched; returns the number of ranks. Raises ConfigError or RunError."""
     machine = detect()
-    ranks, gpus = num_gpus or machine.default_ranks, machine.devices if machine.accelerator == "cuda" else 0
-    if ranks < 1 or gpus and ranks > gpus:
-        allowed = f"1 to {gpus}, the GPUs of this machine" if gpus else "1 or more"
-        raise ConfigError(f"--num-gpus: got {ranks}\n  expected: {allowed}\n"
-                          f"  change:   --num-gpus {machine.default_ranks}")
+    ranks = num_gpus or machine.default_ranks
+    machine.check_ranks(ranks)
     for stage in stages:
         pipeline.check_ranks(stage, ranks)
     refuse(pipeline, machine)

@@ -1,8 +1,8 @@
 """One rank of `dschat bench ppo`: a whole PPO iteration, ours (`kit`) and the same loop on plain transformers (`hf`).
 
-The peer generates by transformers' fastest way until all rows have ended, computes the actor's log-probabilities again,
-and takes every column of the padded batch for a real token. It uses our log-softmax in chunks, so it is, if anything,
-faster than a plain loop.
+The peer is the loop that one writes with transformers alone: `generate` in its fastest way until all rows have ended,
+forward passes of the padded batch with its mask, logits at every position and a log-softmax in fp32 over the response,
+the actor's log-probabilities computed again. Models, engines, losses and micro batches are the same.
 """
 
 import time
@@ -10,13 +10,15 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from dschat_kit.config import Pipeline
 from dschat_kit.engine.engines import freeze
-from dschat_kit.models.scalar_model import ScalarModel
-from dschat_kit.rlhf.rollout import Roles, make_experience, score_responses
+from dschat_kit.models.loading import model_inputs
+from dschat_kit.models.scalar_model import ScalarModel, last_token
+from dschat_kit.rlhf.losses import policy_loss, value_loss
+from dschat_kit.rlhf.rollout import Roles, Scored, make_experience, score_responses
 from dschat_kit.train import bench
 from dschat_kit.train.ppo import trained, update
 from dschat_kit.train.prompts import reused
@@ -49,18 +51,53 @@ def roles_of(spec: dict, job: _Job) -> Roles:
                  ref=freeze(ref, job.pipeline, job.device), reward=freeze(scalar(), job.pipeline, job.device))
 
 
-def iteration(job: _Job, roles: Roles, temperature: float, sample) -> list[float]:
-    """Seconds of each of PHASES; `sample()` returns sequences (B, T), their mask, the response mask (B, A) and what
-    the sampler knows."""
+def iteration(job: _Job, roles: Roles, temperature: float, generate) -> list[float]:
+    """Seconds of each of PHASES; `generate()` returns our engine's batch."""
     times = [time.perf_counter()]
-    sequences, mask, response, sampled = sample()
-    roles.actor.module.set_attn_implementation("sdpa")
+    batch = generate()
     times.append(time.perf_counter())
-    scored = score_responses(roles, sequences, mask, response.shape[1], temperature,
-                             job.pipeline.rollout.micro_batch_size, sampled)
-    experience = make_experience(sequences, mask, response, response.any(1), scored, job.pipeline.ppo, job.sum_tensor)
+    scored = score_responses(roles, batch.input_ids, batch.attention_mask, batch.response_mask.shape[1], temperature,
+                             job.pipeline.rollout.micro_batch_size, reused(job.pipeline, batch))
+    experience = make_experience(batch.input_ids, batch.attention_mask, batch.response_mask, batch.finished, scored,
+                                 job.pipeline.ppo, job.sum_tensor)
     times.append(time.perf_counter())
     update(job, roles, experience, job.pipeline.ppo, temperature, {"lr_actor": LR, "lr_critic": LR})
+    return np.diff([*times, time.perf_counter()]).tolist()
+
+
+def plain_logprobs(model: nn.Module, sequences: Tensor, mask: Tensor, A: int, temperature: float) -> Tensor:
+    """(B, A) from logits at every position."""
+    logits = model(**model_inputs(model, sequences, mask), use_cache=False).logits[:, -A - 1:-1]
+    return (logits.float() / temperature).log_softmax(-1).gather(-1, sequences[:, -A:, None]).squeeze(-1)
+
+
+def plain_iteration(job: _Job, roles: Roles, work: bench.Work, generate) -> list[float]:
+    """The same on plain transformers; `generate()` returns (B, T) padded sequences."""
+    times, settings = [time.perf_counter()], job.pipeline.ppo
+    sequences, T = generate(), work.temperature
+    times.append(time.perf_counter())
+    roles.actor.module.set_attn_implementation("sdpa")
+    A = sequences.shape[1] - work.prompts.shape[1]
+    response = torch.arange(A, device=sequences.device) < work.lengths[:, None]
+    mask, parts = torch.cat([work.mask, response], 1), []
+    with torch.no_grad():
+        for rows in torch.arange(len(mask)).split(job.pipeline.rollout.micro_batch_size):
+            tokens, real = sequences[rows], mask[rows]
+            logprobs, ref = (plain_logprobs(model, tokens, real, A, T) for model in (roles.actor, roles.ref))
+            parts.append(Scored(logprobs=logprobs, ref_logprobs=ref, entropy=torch.zeros_like(ref),
+                                values=roles.critic(tokens, real)[:, -A - 1:-1],
+                                scores=last_token(roles.reward(tokens, real), real)))
+    scored = Scored(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
+    experience = make_experience(sequences, mask, response, response.any(1), scored, settings, job.sum_tensor)
+    tokens, = job.sum(response.sum())
+    times.append(time.perf_counter())
+    for some in experience.split(settings.micro_batch_size):
+        logprobs = plain_logprobs(roles.actor, some.sequences, some.attention_mask, A, T)
+        job.backward(roles.actor, policy_loss(logprobs, some.logprobs, some.advantages, some.response_mask,
+                                              settings.clip_range, tokens)[0])
+        values = roles.critic(some.sequences, some.attention_mask)[:, -A - 1:-1]
+        job.backward(roles.critic, value_loss(values, some.values, some.returns, some.response_mask,
+                                              settings.value_clip_range, tokens)[0])
     return np.diff([*times, time.perf_counter()]).tolist()
 
 
@@ -77,23 +114,16 @@ def ppo(spec: dict) -> dict:
     calls, hybrid = bench.engines_of({**spec, "engines": ["kit", "hf"]}, work, roles.actor, spec["zero"] == 3)
     generate = calls["hf"][bench.fastest(calls["hf"])] if "hf" in spec["engines"] else None
 
-    def ours() -> tuple[Tensor, Tensor, Tensor, tuple | None]:
-        batch = calls["kit"]()
-        return batch.input_ids, batch.attention_mask, batch.response_mask, reused(job.pipeline, batch)
-
-    def plain() -> tuple[Tensor, Tensor, Tensor, None]:
-        every = torch.ones_like(sequences := generate(), dtype=torch.bool)
-        return sequences, every, every[:, work.prompts.shape[1]:], None
-    samplers = {name: sample for name, sample in (("kit", ours), ("hf", plain)) if name in spec["engines"]}
-    seconds, peaks = {name: [] for name in samplers}, {}
-    for sample in samplers.values():  # warm-up; Adam's moments are allocated
-        iteration(job, roles, work.temperature, sample)
-    for name, sample in samplers.items():
-        peaks[name] = bench.peak_anon_mb(lambda sample=sample: iteration(job, roles, work.temperature, sample))
+    loops = {"kit": lambda: iteration(job, roles, work.temperature, calls["kit"]),
+             "hf": lambda: plain_iteration(job, roles, work, generate)}
+    loops = {name: loop for name, loop in loops.items() if name in spec["engines"]}
+    for loop in loops.values():  # warm-up; Adam's moments are allocated
+        loop()
+    seconds, peaks = {name: [] for name in loops}, {name: bench.peak_anon_mb(loop) for name, loop in loops.items()}
     for _ in range(spec["repeats"]):
-        for name, sample in samplers.items():
+        for name, loop in loops.items():
             dist.barrier()
-            seconds[name].append(job.largest(*iteration(job, roles, work.temperature, sample)))
+            seconds[name].append(job.largest(*loop()))
     useful, forward = job.sum(work.lengths.sum(), work.cost(actor)[0])
     head = 2 * weights_of(actor)[1] * useful
     gflops, = job.sum(bench.roofline(spec["dtype"], device)["matrix_gflops"])

@@ -89,7 +89,7 @@ def train(session: Session) -> dict:
     after = evaluate(session, hybrid, roles, held_out, sampling, tokenizer, "after")
     session.export(roles.actor.module, tokenizer)
     if ema:
-        session.export(roles.actor.module, tokenizer, ema.state_dict(), "ema")
+        session.export(roles.actor.module, tokenizer, ema, "ema")
     rollout = {"path": hybrid.path, "reason": hybrid.reason}
     return summary(state["before"], after, state, settings.max_steps) | {"rollout": rollout}
 

@@ -3,6 +3,7 @@ responses of all ranks."""
 
 import time
 
+import deepspeed
 import torch
 
 from dschat_kit.engine.rollout_types import KitBatch
@@ -24,8 +25,7 @@ class Clock:
 
     def lap(self, name: str) -> None:
         """Everything since the last lap belongs to `name`."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        deepspeed.get_accelerator().synchronize()
         now = time.perf_counter()
         self.seconds[name], self._last = now - self._last, now
         self.memory[name] = peak_memory_mb()

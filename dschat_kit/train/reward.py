@@ -8,6 +8,7 @@ Steps: 1. rows and model  2. optimiser steps on -log sigmoid(s_chosen - s_reject
 
 import math
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -34,7 +35,8 @@ def train(session: Session) -> dict:
     source = settings.model or open_run(session.root, "sft").model_dir
     require_same_tokenizer(tokenizer, source)
     with sharded_loading(pipeline, source):
-        model = load_scalar_model(source, pipeline.model, pipeline.seed, new_head=True, gathered=gathered)
+        model = load_scalar_model(source, pipeline.model, pipeline.seed, new_head=True,
+                                  gathered=partial(gathered, writer=0))
     engine = build_engine(add_adapters(model, pipeline.lora, pipeline.seed), pipeline, lr=settings.lr,
                           batch_size=settings.batch_size, micro_batch_size=settings.micro_batch_size,
                           world_size=session.world_size, grad_clip=settings.grad_clip,

@@ -2,7 +2,10 @@
 
 import math
 import time
+from collections import deque
+from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 
 import deepspeed
 import torch
@@ -13,12 +16,13 @@ from dschat_kit.data.pipeline import build_stage_data, tokenizer_of
 from dschat_kit.data.store import intact
 from dschat_kit.data.tokenizer import pad_id_of
 from dschat_kit.engine.checkpoints import load_checkpoint, save_checkpoint
-from dschat_kit.engine.zero import full_state_dict
+from dschat_kit.engine.ema import Ema
+from dschat_kit.engine.zero import whole_layers
 from dschat_kit.feasible import refuse
 from dschat_kit.machine import detect
 from dschat_kit.metrics import JsonlWriter, truncate_after
-from dschat_kit.models.loading import save_folder
 from dschat_kit.models.lora import merge_adapters, save_adapter
+from dschat_kit.models.saving import save_folder
 from dschat_kit.runs import RunError, StageRun, open_run, prepare_stage, write_json
 from dschat_kit.train.card import model_card
 from dschat_kit.train.telemetry import Mirror, forward_flop, matmul_peak, peak_memory_mb
@@ -33,6 +37,7 @@ class Session:
     def __init__(self, run: StageRun, resume: bool, console, watch: Watch):
         self.run, self.resume, self.console, self.started = run, resume, console, time.time()
         self.watch = watch
+        watch.start(run.pipeline.telemetry.hang_minutes)
         self.pipeline, self.root = run.pipeline, run.root
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.is_main = self.rank == 0
@@ -47,12 +52,13 @@ class Session:
     def begin(self, total: int, engines: dict) -> dict | None:
         """Open the metrics files for `total` steps of `engines`. When resuming, load the newest checkpoint and return
         the state that was saved with it; None at the beginning, also when there is no checkpoint yet."""
+        self.watch.rest()  # another number of ranks may take long to convert
         loaded = load_checkpoint(self.run.checkpoints, engines, self.say) if self.resume else None
         self.total, self.engines = total, engines
         for engine in engines.values():
             if hasattr(engine, "module"):  # a moving average computes nothing
                 self.follow(engine.module)
-        self.watch.start(self.pipeline.telemetry.hang_minutes)
+        self.watch.beat()
         if loaded:
             self.first_step, self.started = loaded["step"], self.started - loaded["elapsed"]
         if self.resume:
@@ -73,10 +79,12 @@ class Session:
     def prepare_data(self) -> tuple:
         """(data folder, tokenizer, id for padding); the main rank builds the data stage first where it is missing."""
         data = open_run(self.root, "data")
+        self.watch.rest()  # building takes as long as there are rows
         if self.is_main and (data.state != "finished" or not intact(data.path)):
             prepare_stage(self.root, "data", self.pipeline, preset=self.run.config["preset"], resume="auto")
             build_stage_data(data, report=self.say)
         dist.barrier()
+        self.watch.beat()
         tokenizer = tokenizer_of(data)
         return data.path, tokenizer, pad_id_of(tokenizer)
 
@@ -163,18 +171,28 @@ class Session:
             raise Stopped(f"{self.watch.asked or 'a signal to another rank'}: asked to end, saved after step {step}")
         self.watch.can_save = step < self.total
 
-    def export(self, model, tokenizer, trained: dict | None = None, name: str = "model") -> None:
+    def export(self, model, tokenizer, average: Ema | None = None, name: str = "model") -> None:
         """The stage's Hugging Face folder `name`/, adapters merged and beside it as `adapter/`; every rank has to call
-        it. `trained` (main rank) replaces weights of that name."""
-        state = full_state_dict(model, self.is_main)
-        if self.is_main:
-            state |= {key: value.to(state[key].dtype) for key, value in (trained or {}).items()}
-            base = self.pipeline.model.name if self.run.stage == "sft" else open_run(self.root, "sft").model_dir
+        it. Layer by layer: under ZeRO-3 no rank holds the whole. `average` stands for the weights that it follows."""
+        small: dict[str, Tensor] = {}
 
-            def beside(folder) -> None:
-                if self.pipeline.lora.rank:
-                    save_adapter(model, self.pipeline.lora, state, str(base), folder / "adapter")
-            save_folder(model, tokenizer, self.run.path / name, merge_adapters(model, state), beside)
+        def layers() -> Iterator[dict[str, Tensor]]:
+            for layer in whole_layers(model, keep=self.is_main):
+                self.watch.beat()
+                layer = average.instead(layer) if average else layer
+                if self.is_main:
+                    small.update((key, layer[key]) for key in layer if "lora_" in key or key == "score.weight")
+                yield merge_adapters(model, layer)
+
+        def beside(folder: Path) -> None:
+            if self.pipeline.lora.rank:
+                base = self.pipeline.model.name if self.run.stage == "sft" else open_run(self.root, "sft").model_dir
+                save_adapter(model, self.pipeline.lora, small, str(base), folder / "adapter")
+
+        if self.is_main:
+            save_folder(model, tokenizer, self.run.path / name, layers(), beside)
+        else:
+            deque(layers(), maxlen=0)  # its part of what is gathered
         dist.barrier()
 
     def finish(self, result: dict) -> None:

@@ -13,6 +13,7 @@ import time
 from functools import cache
 from pathlib import Path
 
+import deepspeed
 import torch
 from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
@@ -48,7 +49,7 @@ class Mirror:
 
 def peak_memory_mb() -> float:
     """Most memory of this process since the last call (CPU: resident; where that cannot be reset, since its start)."""
-    if torch.cuda.is_available():
+    if deepspeed.get_accelerator().device_name() == "cuda":
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return peak / 2**20

@@ -1,6 +1,7 @@
 """What reaches a rank from outside its own course: being asked to end, and a silence that lasts too long."""
 
 import faulthandler
+import math
 import os
 import signal
 import sys
@@ -52,6 +53,10 @@ class Watch:
     def beat(self) -> None:
         """There is progress."""
         self._beat = time.monotonic()
+
+    def rest(self) -> None:
+        """What comes has no bound of its own: until the next beat, silence is no hanging."""
+        self._beat = math.inf
 
     def start(self, minutes: float) -> None:
         """From now on, after `minutes` without a beat: every thread's stack to the rank's log, `hung(error)` to say so,
