@@ -12,6 +12,7 @@ Read the modules in READING_ORDER; every one imports only from those before it.
     chat       talk to the result
     notebook/  what a kernel uses: files only, no torch
     verify     PPO against the exact optimum
+    study      stage 3 over many seeds
     overopt    how far a reward model may be trusted
     cli        the command `dschat`
 """
@@ -28,13 +29,13 @@ READING_ORDER = (
     "engine.replica",
     "engine.hybrid", "engine.checkpoints",
     "train.watch", "train.telemetry", "train.card", "train.session", "train.rank", "train.sft",
-    "train.reward_report", "train.reward", "train.prompts", "train.ppo_metrics", "train.ppo", "train.exact",
-    "train.best_of_n", "train.bench", "train.bench_ppo",
+    "train.reward_report", "train.reward", "train.prompts", "train.ppo_metrics", "train.ppo", "train.dpo",
+    "train.exact_models", "train.exact", "train.judge", "train.best_of_n", "train.bench", "train.bench_ppo",
     "chat", "bench",
     "notebook.processes", "notebook.report", "notebook.launch", "notebook.stage", "notebook.progress",
     "notebook.tables", "notebook.plots", "notebook.reward_plots", "notebook.monitor", "notebook.execute",
     "notebook.diagnosis", "notebook.doctor",
-    "verify", "overopt", "overopt_report", "cli",
+    "verify", "study", "overopt", "overopt_report", "cli",
 )
 
 

@@ -34,8 +34,8 @@ class ChatSession:
 
     @classmethod
     def open(cls, run_root: str | Path, stage: str | None = None, **options) -> "ChatSession":
-        """The model of a run: that of `stage`, or of the last stage that has one (ppo, then sft)."""
-        runs = [open_run(Path(run_root), name) for name in ([stage] if stage else ["ppo", "sft"])]
+        """The model of a run: that of `stage`, or of the last stage that has one (ppo, dpo, sft)."""
+        runs = [open_run(Path(run_root), name) for name in ([stage] if stage else ["ppo", "dpo", "sft"])]
         for run in runs:
             if (run.model_dir / "config.json").exists():
                 return cls(run.model_dir, **{"max_new_tokens": run.pipeline.sampling.max_new_tokens} | options)

@@ -40,15 +40,16 @@ def _parser() -> argparse.ArgumentParser:
     run = command("run", _run, "the whole chain: notebooks 00-05, headless through papermill")
     run.add_argument("--from", dest="from_stage", metavar="STAGE", help="begin with this stage's notebook")
     for name, text in (("data", "build the rows of all stages"), ("sft", "stage 1: supervised fine-tuning"),
-                       ("reward", "stage 2: the reward model"), ("ppo", "stage 3: PPO")):
+                       ("reward", "stage 2: the reward model"), ("ppo", "stage 3: PPO"),
+                       ("dpo", "stage 3 without sampling: direct preference optimisation")):
         command(name, _stage, text).add_argument(
             "--launcher", default="", metavar="WORDS", help="starts the ranks instead of `deepspeed --num_gpus "
             "N`, as in 'deepspeed --hostfile env/hostfile'; --num-gpus then counts the ranks of all machines")
-    for name in ("run", "data", "sft", "reward", "ppo"):
+    for name in ("run", "data", "sft", "reward", "dpo", "ppo"):
         _configuration_options(commands.choices[name])
     chat = command("chat", _chat, "talk to the model of a run")
     chat.add_argument("--run-root", type=Path, default=checkout() / "runs" / "tiny", metavar="DIR")
-    chat.add_argument("--stage", choices=("sft", "ppo"), help="whose model (default: the last one trained)")
+    chat.add_argument("--stage", choices=("sft", "dpo", "ppo"), help="whose model (default: the last one trained)")
     chat.add_argument("--ask", action="append", metavar="TEXT", help="ask this and leave; may be repeated")
     watch = command("watch", _watch, "follow a run in the terminal")
     watch.add_argument("path", type=Path, metavar="RUN", help="a run folder, or one stage's folder in it")
@@ -68,17 +69,15 @@ def _parser() -> argparse.ArgumentParser:
     add_arguments(kinds.add_parser("rollout", help="generation: the hybrid engine, transformers and DeepSpeed"))
     add_arguments(kinds.add_parser("ppo", help="a whole PPO iteration: ours and the same loop on plain transformers"))
     verify = command("verify", _verify, "PPO against the exact optimum of a world that can be enumerated")
-    verify.add_argument("--world", choices=("bandit", "bigram"), default="bigram")
-    for name, kind, text in (("vocab", int, "tokens (default: 4, bandit 10)"), ("length", int, "tokens of an answer"),
-                             ("seed", int, "of the world and of PPO"), ("steps", int, "PPO iterations (default 100)"),
-                             ("prompts", int, "how many (default 1)"), ("ranks", int, "processes (default 1)")):
-        verify.add_argument(f"--{name}", type=kind, metavar="N", help=text)
-    verify.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=0, help="ZeRO stage")
-    verify.add_argument("--beta", type=float, nargs="+", default=[0.5], help="KL coefficients, one run each")
-    verify.add_argument("--eos", action="store_true", help="the last token ends an answer")
-    verify.add_argument("--export", type=Path, metavar="DIR", help="write the last run's policy, with world.json")
-    verify.add_argument("--table", type=Path, metavar="DIR", help="every world, beta and seed instead, into verify.md")
-    verify.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    _verify_options(verify)
+    study = command("study", _study, "stage 3 over many seeds, its variants beside it, into ppo.md")
+    study.add_argument("--run-root", type=Path, default=checkout() / "runs" / "study", metavar="DIR",
+                       help="its runs; those that are finished are not run again")
+    study.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets ppo.md, ppo.json and ppo.png")
+    study.add_argument("--seeds", type=int, default=20, metavar="N",
+                       help="of PPO (default 20), of the others 5 at most")
+    study.add_argument("--set", dest="overrides", nargs="+", default=[], metavar="SECTION.FIELD=VALUE",
+                       help="for all runs")
     overopt = command("overopt", _overopt, "PPO and best-of-n against the true reward: how far to trust a reward model")
     overopt.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets results/ and figures/")
     overopt.add_argument("--run-root", type=Path, default=checkout() / "runs" / "overopt", metavar="DIR",
@@ -86,6 +85,22 @@ def _parser() -> argparse.ArgumentParser:
     launch = command("launch", None, "prefix of a visible command: logs it, ends every rank with its cell")
     launch.add_argument("rest", nargs="*", metavar="-- deepspeed ...")
     return parser
+
+
+def _verify_options(parser: argparse.ArgumentParser) -> None:
+    option = parser.add_argument
+    option("--world", choices=("bandit", "bigram"), default="bigram")
+    for name, kind, text in (("vocab", int, "tokens (default: 4, bandit 10)"), ("length", int, "tokens of an answer"),
+                             ("seed", int, "of the world and of PPO"), ("steps", int, "PPO iterations (default 100)"),
+                             ("prompts", int, "how many (default 1)"), ("ranks", int, "processes (default 1)")):
+        option(f"--{name}", type=kind, metavar="N", help=text)
+    option("--zero", type=int, choices=(0, 1, 2, 3), default=0, help="ZeRO stage")
+    option("--beta", type=float, nargs="+", default=[0.5], help="KL coefficients, one run each")
+    option("--eos", action="store_true", help="the last token ends an answer")
+    option("--export", type=Path, metavar="DIR", help="write the last run's policy, with world.json")
+    option("--table", type=Path, metavar="DIR", help="every world, beta and seed instead, into verify.md")
+    option("--methods", type=Path, metavar="DIR", help="every method instead, into methods.json")
+    option("--json", action="store_true", help="one JSON object on standard output")
 
 
 def _configuration_options(parser: argparse.ArgumentParser) -> None:
@@ -157,15 +172,26 @@ def _verify(args) -> int:
         failed = verify.table(args.table)
         print("\n".join(failed) or f"all checks passed; see {args.table / 'verify.md'}")
         return int(bool(failed))
+    if args.methods:
+        print("\n".join(map(verify.line, verify.compare(args.methods))))
+        return 0
     given = {name: getattr(args, name) for name in ("vocab", "length", "seed", "steps", "prompts")}
     cases = verify.plan(args.world, betas=tuple(args.beta), eos=args.eos,
                         **{name: value for name, value in given.items() if value is not None})
-    rows = verify.launch_cases(cases, 1 if args.ranks is None else args.ranks, args.zero, args.export)
+    found = verify.launch_cases(cases, 1 if args.ranks is None else args.ranks, args.zero, args.export)
+    rows = found["cases"]
     failed = {row["beta"]: verify.failures(row) for row in rows}
-    found = rows[0] if len(rows) == 1 else {"cases": rows}
+    found = rows[0] if len(rows) == 1 else found
     print(json.dumps({**found, "failed": [text for texts in failed.values() for text in texts]}) if args.json else
           "\n".join(verify.line(row) for row in rows))
     return int(any(failed.values()))
+
+
+def _study(args) -> int:
+    from dschat_kit.study import failed, run_study
+    rows = run_study(args.run_root, args.out, args.seeds, sets=args.overrides)
+    print(f"{sum(map(failed, rows))} of {len(rows)} failed; see {args.out / 'ppo.md'}")
+    return 0
 
 
 def _overopt(args) -> int:

@@ -18,9 +18,12 @@ from dschat_kit.data_section import Data
 from dschat_kit.model_section import Lora, Model, Zero
 from dschat_kit.sections import ConfigError, Section, bounded, build, error, parse, unknown
 
-__all__ = ["ConfigError", "Data", "Pipeline", "STAGES"]
+__all__ = ["ConfigError", "Data", "Pipeline", "REQUIRES", "STAGES"]
 
-STAGES = ("data", "sft", "reward", "ppo", "chat")
+STAGES = ("data", "sft", "reward", "dpo", "ppo", "chat")
+REQUIRES = {"data": (), "sft": ("data",), "reward": ("data", "sft"), "dpo": ("data", "sft", "reward"),
+            "ppo": ("data", "sft", "reward"), "chat": ("sft", "ppo")}
+"""Stages whose results a stage reads; data is built on the way where it is missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,16 @@ class Reward(Training):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Dpo(Training):
+    beta: float = bounded(0.1, above=0)
+    """Weight of the KL penalty in the objective whose optimum the loss aims at."""
+    eval_prompts: int = bounded(256, least=1)
+    """Held-out prompts answered before and after."""
+    seed: int = bounded(0, least=0)
+    """As ppo.seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ppo(Section):
     max_steps: int = bounded(24, least=1)
     """PPO iterations: one rollout and its updates each."""
@@ -118,6 +131,8 @@ class Ppo(Section):
     0.992, 0 keeps none."""
     eval_prompts: int = bounded(256, least=1)
     """Held-out prompts answered before and after."""
+    seed: int = bounded(0, least=0)
+    """Added to the pipeline's: prompts, sampling and minibatches differ, the stages before stay the same."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -179,6 +194,7 @@ class Pipeline(Section):
     sampling: Sampling = field(default_factory=Sampling)
     sft: Sft = field(default_factory=Sft)
     reward: Reward = field(default_factory=Reward)
+    dpo: Dpo = field(default_factory=Dpo)
     ppo: Ppo = field(default_factory=Ppo)
     rollout: Rollout = field(default_factory=Rollout)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -241,14 +257,17 @@ class Pipeline(Section):
 
     def config_hash(self, stage: str) -> str:
         """Hash of every setting that the results of `stage` depend on, those of earlier stages included."""
-        names = {name for earlier in STAGES[:STAGES.index(stage) + 1] for name in _READS[earlier]}
+        names, due = set(), {stage}
+        while due:
+            names |= set(_READS[stage := due.pop()])
+            due |= set(REQUIRES[stage])
         seen = {name: functools.reduce(operator.getitem, name.split("."), self.to_dict()) for name in sorted(names)}
         return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:16]
 
 
 _READS = {"data": ("data", "model.name", "model.vocab_size", "seed"), "chat": (), "reward": ("reward",),
           "sft": ("model", "lora.rank", "lora.alpha", "lora.targets", "zero", "sft"),
-          "ppo": ("ppo", "sampling", "rollout", "lora.share_base")}
+          "dpo": ("dpo", "sampling", "rollout"), "ppo": ("ppo", "sampling", "rollout", "lora.share_base")}
 """What a stage reads beside what the stages before it read."""
 
 

@@ -16,12 +16,9 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from dschat_kit.config import STAGES, ConfigError, Pipeline
+from dschat_kit.config import REQUIRES, STAGES, ConfigError, Pipeline
 from dschat_kit.sections import flat
 
-REQUIRES = {"data": (), "sft": ("data",), "reward": ("data", "sft"), "ppo": ("data", "sft", "reward"),
-            "chat": ("sft", "ppo")}
-"""Stages whose results a stage reads; data is built on the way where it is missing."""
 DATA_FILES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt")
 
 

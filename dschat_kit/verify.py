@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 
@@ -18,17 +19,20 @@ from dschat_kit.config import ConfigError, Pipeline
 from dschat_kit.machine import detect
 from dschat_kit.runs import RunError, read_json, write_json
 
-__all__ = ["failures", "figure", "launch_cases", "line", "plan", "slope_errors", "table"]
+__all__ = ["METHODS", "compare", "failures", "figure", "gradient_figure", "launch_cases", "line", "plan",
+           "slope_errors", "table"]
 
 WORLDS = ("bandit", "bigram")
 BETAS = (0.1, 0.5, 1.0, 2.0)
+METHODS = ("gae", "rloo", "grpo", "reinforce", "dpo", "grpo k3", "best of 2", "best of 4", "best of 16", "best of 64")
 ANSWERS = 2 ** 17
 """More are not enumerated."""
 
 
 def plan(kind: str = "bigram", vocab: int | None = None, length: int | None = None, betas: tuple[float, ...] = (0.5,),
-         seed: int = 0, eos: bool = False, prompts: int = 1, steps: int = 100) -> list[dict]:
-    """One case a beta. Raises ConfigError for a world that is none or cannot be enumerated."""
+         seed: int = 0, eos: bool = False, prompts: int = 1, steps: int = 100,
+         methods: tuple[str, ...] = ("gae",)) -> list[dict]:
+    """One case a beta and method. Raises ConfigError for a world that is none or cannot be enumerated."""
     vocab = (10 if kind == "bandit" else 4) if vocab is None else vocab
     length = (1 if kind == "bandit" else 3) if length is None else length
     for name, value, good, expected in (
@@ -43,11 +47,12 @@ def plan(kind: str = "bigram", vocab: int | None = None, length: int | None = No
         if not good:
             raise ConfigError(f"{name}: got {value}\n  expected: {expected}\n  change:   {name}")
     world = {"kind": kind, "vocab": vocab, "length": length, "seed": seed, "eos": eos, "prompts": prompts}
-    return [{"world": world, "beta": beta, "steps": steps} for beta in betas]
+    return [{"world": world, "beta": beta, "steps": steps, "method": method} for beta in betas for method in methods]
 
 
-def launch_cases(cases: list[dict], ranks: int = 1, zero: int = 0, export: Path | None = None) -> list[dict]:
-    """What PPO reached in each case, by one launched job; `export` gets the policy of the last one.
+def launch_cases(cases: list[dict], ranks: int = 1, zero: int = 0, export: Path | None = None) -> dict:
+    """{"cases": what was reached in each, "kl_gradients": those of rlhf/worlds.py}, by one launched job; `export` gets
+    the policy of the last one.
 
     The job's output goes to standard error. Raises RunError when it fails; its folder is then kept.
     """
@@ -64,7 +69,8 @@ def launch_cases(cases: list[dict], ranks: int = 1, zero: int = 0, export: Path 
                           env={"OMP_NUM_THREADS": "1", **os.environ})  # matrices too small for a second thread
     if done.returncode:
         raise RunError(f"the launched job ended with {done.returncode}\n  change: see {folder / 'logs'}")
-    found = read_json(folder / "result.json")["cases"]
+    found = {name: value for name, value in read_json(folder / "result.json").items() if name in
+             ("cases", "kl_gradients")}
     if export:
         shutil.copytree(folder / "model", export, dirs_exist_ok=True)
     shutil.rmtree(folder.parent)
@@ -78,10 +84,32 @@ def failures(row: dict) -> list[str]:
         "gap_closed": 0.98 <= row["gap_closed"] <= 1 + 1e-5,
         "reached_value": row["reached_value"] <= row["optimal_value"] + 1e-6,
         "beta_hat": not first_order or 0.95 <= row["beta_hat"] / row["beta"] <= 1.06,
-        "gradient_error": row["gradient_error"] < 1e-5,
-        "ratio_error": row["ratio_error"] < 1e-5,
-        "sampler_ratio_error": row["sampler_ratio_error"] < 1e-4}
+        "gradient_error": row.get("gradient_error", 0) < 1e-5,  # that of gae
+        "ratio_error": row.get("ratio_error", 0) < 1e-5,
+        "sampler_ratio_error": row.get("sampler_ratio_error", 0) < 1e-4}
     return [f"{name} {row[name]:.6g}" for name, good in checks.items() if not good]
+
+
+def side_by_side(cases: list[dict], **how) -> dict:
+    """`launch_cases` in two jobs at a time: ranks wait for one another long enough for those of another job."""
+    with ThreadPoolExecutor(2) as pool:
+        halves = list(pool.map(lambda half: launch_cases(half, **how), (cases[0::2], cases[1::2])))
+    rows = [row for pair in zip_longest(*(half["cases"] for half in halves)) for row in pair if row]
+    return {**halves[0], "cases": rows}
+
+
+def compare(folder: Path, betas: tuple[float, ...] = (0.1, 0.5, 2.0), steps: int = 100) -> list[dict]:
+    """METHODS on the bigram world, side by side: writes methods.json and methods.png into `folder`. What they converge
+    to is judged by eye; that some do not reach the optimum is the point."""
+    cases = [case for beta in betas for case in plan(betas=(beta,), steps=steps, methods=METHODS)
+             if beta == betas[0] or not case["method"].startswith("best")]  # which knows no beta
+    found = side_by_side(cases)
+    for row in found["cases"][1:]:  # the world is the same
+        del row["frontier"]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "methods.json", found)
+    figure(found["cases"]).savefig(folder / "methods.png", dpi=120)
+    return found["cases"]
 
 
 def slope_errors(rows: list[dict]) -> list[float]:
@@ -103,9 +131,7 @@ def table(folder: Path, seeds: tuple[int, ...] = (0, 1, 2), steps: int = 100) ->
     worlds = ({"kind": "bandit"}, {"kind": "bigram"}, {"kind": "bigram", "eos": True},
               {"kind": "bigram", "eos": True, "prompts": 3})
     cases = [case for world in worlds for seed in seeds for case in plan(**world, betas=BETAS, seed=seed, steps=steps)]
-    with ThreadPoolExecutor(2) as pool:  # two jobs of one rank side by side
-        halves = pool.map(launch_cases, (cases[0::2], cases[1::2]))
-    rows = [row for pair in zip(*halves, strict=True) for row in pair] + launch_cases(cases, ranks=2, zero=2)
+    rows = side_by_side(cases)["cases"] + side_by_side(cases, ranks=2, zero=2)["cases"]
     failed = [f"{name_of(row)}, beta {row['beta']}, seed {row['seed']}, {row['ranks']} ranks: {text}"
               for row in rows for text in failures(row)]
     slopes = {}
@@ -137,10 +163,13 @@ def table(folder: Path, seeds: tuple[int, ...] = (0, 1, 2), steps: int = 100) ->
 
 def line(row: dict) -> str:
     """One case for a reader."""
-    return (f"{name_of(row)}, seed {row['seed']}, beta {row['beta']:g}: value {row['reached_value']:.6f} of "
-            f"{row['optimal_value']:.6f}, gap closed {row['gap_closed']:.4f}, beta_hat {row['beta_hat']:.4f}, "
-            f"gradient error {row['gradient_error']:.1e}; " + ("failed: " + ", ".join(failures(row)) if failures(row)
-                                                               else "all checks passed"))
+    method = "" if row["method"] == "gae" else f", {row['method']}"
+    reached = (f"{name_of(row)}, seed {row['seed']}, beta {row['beta']:g}{method}: value {row['reached_value']:.6f} of "
+               f"{row['optimal_value']:.6f}, gap closed {row['gap_closed']:.4f}, beta_hat {row['beta_hat']:.4f}")
+    if method:  # compared, not judged
+        return reached
+    return f"{reached}, gradient error {row['gradient_error']:.1e}; " + (
+        "failed: " + ", ".join(failures(row)) if failures(row) else "all checks passed")
 
 
 def name_of(row: dict) -> str:
@@ -150,23 +179,60 @@ def name_of(row: dict) -> str:
 
 
 def figure(rows: list[dict]):
-    """Runs landing on the frontier: for each world the highest E[r] at a KL (theory), and what PPO reached."""
+    """Runs landing on the frontier: for each world the highest E[r] at a KL (theory), and what was reached. Colours are
+    betas, or methods where there are several."""
     from matplotlib.figure import Figure
-    worlds = list(dict.fromkeys((name_of(row), row["seed"]) for row in rows))
-    across = min(4, len(worlds))
-    made = Figure(figsize=(1.6 + 3.4 * across, 3.2 * -(-len(worlds) // across)), layout="constrained")
-    betas = sorted({row["beta"] for row in rows})
+    worlds, several = list(dict.fromkeys((name_of(row), row["seed"]) for row in rows)), len(methods_of(rows)) > 1
+    across, sort = min(4, len(worlds)), "method" if several else "beta"
+    made = Figure(figsize=(2.6 + 4.4 * across, 4.4) if several else
+                  (1.6 + 3.4 * across, 3.2 * -(-len(worlds) // across)), layout="constrained")
+    kinds = methods_of(rows) if several else sorted({row["beta"] for row in rows})
     for axes, world in zip(made.subplots(-(-len(worlds) // across), across, squeeze=False).flat, worlds, strict=False):
         some = [row for row in rows if (name_of(row), row["seed"]) == world]
         axes.plot(*zip(*some[0]["frontier"], strict=True), color="0.6", label="exact optimum")
         for row in some:
-            axes.plot(row["optimal_kl"], row["optimal_reward"], "+", color="black", markersize=10)
-            axes.plot(row["reached_kl"], row["reached_reward"], "o", alpha=0.7, label=f"beta {row['beta']:g}",
-                      color=f"C{betas.index(row['beta'])}")
+            place, free = kinds.index(family(row[sort])), several and row["method"].startswith("best")
+            if not free:
+                axes.plot(row["optimal_kl"], row["optimal_reward"], "+", color="black", markersize=10)
+            axes.plot(row["reached_kl"], row["reached_reward"], "osD^vX*P"[place % 8] if several else "o", alpha=0.7,
+                      label=kinds[place] if several else f"beta {row['beta']:g}", color=f"C{place}")
         axes.set(title=f"{world[0]}, seed {world[1]}", xlabel="KL to the reference (nats)", ylabel="E[reward]")
         axes.spines[["top", "right"]].set_visible(False)
         named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         axes.legend(named.values(), named.keys(), fontsize=8, frameon=False)
     made.set_label("Runs on the frontier of reward and KL: " + "; ".join(
-        f"{name_of(row)}, beta {row['beta']:g}, gap closed {row['gap_closed']:.4f}" for row in rows[:6]))
+        f"{name_of(row)}, {row['method']}, beta {row['beta']:g}, gap closed {row['gap_closed']:.4f}"
+        for row in rows[:12]))
+    return made
+
+
+def family(kind):
+    """Best of 2, 4, ... are one method."""
+    return "best of n" if isinstance(kind, str) and kind.startswith("best") else kind
+
+
+def methods_of(rows: list[dict]) -> list[str]:
+    """The methods in the order of their first case."""
+    return list(dict.fromkeys(family(row["method"]) for row in rows))
+
+
+def gradient_figure(gradients: dict[str, list[float]]):
+    """Which KL estimates may be used, and how: the expected gradient by each logit against that of the true KL. On the
+    diagonal is right."""
+    from matplotlib.figure import Figure
+    true, names = gradients["true KL"], ("k1 in the reward", "k2 as a loss", "k1 as a loss", "k3 as a loss")
+    made = Figure(figsize=(13, 3.4), layout="constrained")
+    ends = [min(true + gradients["k3 as a loss"]), max(true + gradients["k3 as a loss"])]
+    for axes, name in zip(made.subplots(1, len(names), sharex=True, sharey=True), names, strict=True):
+        axes.plot(ends, ends, color="0.6", linewidth=1)
+        axes.plot(true, gradients[name], "o", color="C0" if name in names[:2] else "C3")
+        if name == "k3 as a loss":
+            axes.plot(true, gradients["KL(ref || policy)"], "k+", markersize=10, label="gradient of KL(ref || policy)")
+            axes.legend(frameon=False, fontsize=8)
+        axes.set(title=name, xlabel="gradient of KL(policy || ref)")
+        axes.spines[["top", "right"]].set_visible(False)
+    made.axes[0].set_ylabel("expected gradient of the estimate")
+    made.set_label("Expected gradients of KL estimates: " + "; ".join(
+        f"{name}, largest difference {max(abs(a - b) for a, b in zip(gradients[name], true, strict=True)):.3g}"
+        for name in names))
     return made

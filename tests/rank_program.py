@@ -18,7 +18,7 @@ from dschat_kit.engine.zero import full_state_dict, whole_layers
 from dschat_kit.models import saving
 from dschat_kit.rlhf.experience import Experience
 from dschat_kit.runs import StageRun, write_json
-from dschat_kit.train import ppo, rank, reward, sft
+from dschat_kit.train import dpo, judge, ppo, rank, reward, sft
 from dschat_kit.train.session import Session
 from dschat_kit.train.watch import Watch
 
@@ -124,13 +124,14 @@ def main(jobs: list[dict]) -> None:
         session = Counting(run, resume=job.get("resume", False), console=sys.stdout,
                            watch=Watch(lambda error: 1))
         torch.manual_seed(0)
+        stages = {"sft": sft.train, "reward": reward.train, "dpo": dpo.train, "ppo": ppo.train}
         with pytest.MonkeyPatch.context() as patch:
             for name in job.get("sick", ()):
                 SICKNESSES[name](patch)
             if job.get("replay"):
                 replay(session, job.get("saved_average", ""))
             else:
-                session.finish({"sft": sft, "reward": reward, "ppo": ppo}[run.stage].train(session))
+                session.finish((judge.judge if job.get("judge") else stages[run.stage])(session))
         dist.barrier()
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from fake_run import write_lines
 
 from dschat_kit.machine import Machine
 from dschat_kit.notebook import diagnosis, doctor
@@ -221,3 +222,13 @@ def test_missing_stages_and_an_empty_folder(sound, tmp_path):
     assert check.state == "warn" and "not run yet" in check.found and "dschat chat" in check.cure
     only, = diagnosis.run_checks(tmp_path / "nowhere")
     assert only.state == "fail" and "holds no stage" in only.found
+
+
+def test_dpo_that_does_not_begin_at_its_reference_is_told(tmp_path):
+    path = tmp_path / "dpo"
+    for first, states in ((0.6931, []), (0.75, ["dpo first loss"])):
+        write_lines(path / "metrics.jsonl", [{"step": 1, "loss": first, "accuracy": 0.5},
+                                             {"step": 2, "loss": 0.6, "accuracy": 0.7}])
+        (path / "config.json").write_text(json.dumps({"pipeline": {"model": {"dtype": "fp32"}}}))
+        found = diagnosis.run_checks(tmp_path)
+        assert [check.name for check in found if check.state == "fail"] == states, found

@@ -1,5 +1,5 @@
 """The training engine on real ranks: every ZeRO stage and rank count gives the same losses and the same moving average;
-every family passes all three stages; adapters share one base. Many stages go into one launch."""
+every family passes all three stages; adapters share one base; DPO beside PPO. Many stages go into one launch."""
 
 import csv
 import json
@@ -17,6 +17,7 @@ from tiny_models import FAMILIES, SHAPES, folder
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from dschat_kit.metrics import read_metrics
+from dschat_kit.study import beside
 
 pytestmark = pytest.mark.ranks
 CHAIN = ("sft", "reward", "ppo")
@@ -84,19 +85,53 @@ def never_whole(stage: Path, loaded: bool = True) -> None:
 def alone(tmp_path_factory) -> Path:
     """ZeRO-0 on one rank: plain training, which all others are held against; and PPO that saves as it goes."""
     root = tmp_path_factory.mktemp("alone")
-    launch(root, [*replayed(root, 0), upon(root / "zero0", "saving", *SAVING)], 1)
+    launch(root, [*replayed(root, 0), upon(root / "zero0", "saving", *SAVING),
+                  job(root / "zero0", "dpo", "zero.stage=0"), *judged(root)], 1)
     return root
 
 
+def judged(root: Path) -> list[dict]:
+    """DPO's model once more, and the best of several answers of the SFT model."""
+    place, model = beside(root / "judged", root / "zero0") / "ppo", str(root / "zero0" / "{}" / "model")
+    place.mkdir()
+    cases = [{"model": model.format("dpo"), "seed": 0, "best_of": [1]},
+             {"model": model.format("sft"), "seed": 1, "best_of": [1, 2, 4]}]
+    (place / "cases.json").write_text(json.dumps(cases))
+    return [job(root / "judged", "ppo", "zero.stage=0", judge=True)]
+
+
 def test_two_ranks_with_zero_2_and_3_give_the_losses_and_the_average_of_one_rank(alone, tmp_path):
-    average = {"average_of": alone / "zero0"}
-    launch(tmp_path, replayed(tmp_path, 2, **average) + replayed(tmp_path, 3, **average), 2)
+    average, more = {"average_of": alone / "zero0"}, job(tmp_path / "zero3", "dpo", "zero.stage=3",
+                                                         "dpo.micro_batch_size=4")
+    launch(tmp_path, [*replayed(tmp_path, 2, **average), *replayed(tmp_path, 3, **average), more], 2)
     for zero in (2, 3):
         same(seen(alone, 0), seen(tmp_path, zero))
         average_is_right(tmp_path, zero)
     average_is_right(alone, 0)
+    one, two = (read_metrics(place / "dpo" / "metrics.jsonl") for place in (alone / "zero0", tmp_path / "zero3"))
+    same(*({name: [row[name] for row in rows] for name in ("loss", "grad_norm")} for rows in (one, two)))
     for stage in ("sft", "reward"):
         never_whole(tmp_path / "zero3" / stage, loaded=stage == "reward")
+
+
+def test_dpo_begins_at_the_sft_model_and_learns_its_pairs(alone):
+    rows = read_metrics(alone / "zero0" / "dpo" / "metrics.jsonl")
+    result = json.loads((alone / "zero0" / "dpo" / "result.json").read_text())
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and abs(rows[0]["margin"]) < 1e-5
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.02 and rows[-1]["margin"] > 0.05
+    assert result["kl"] > 1e-3 and result["gold_before"] is not None and result["accuracy"] == rows[-1]["eval_accuracy"]
+
+
+def test_an_exported_model_is_judged_as_it_was_while_it_trained_and_best_of_n_takes_the_best(alone):
+    trained, drawn = json.loads((alone / "judged" / "ppo" / "result.json").read_text())["cases"]
+    result = json.loads((alone / "zero0" / "dpo" / "result.json").read_text())
+    for name, there in (("score", "score_after"), ("kl", "kl"), ("gold", "gold_after"), ("finished", "eos_rate_after")):
+        assert trained["means"]["1"][name] == pytest.approx(result[there], rel=1e-4, abs=1e-6), name
+    assert trained["lm_loss"] == pytest.approx(result["lm_loss_after"], rel=1e-5)
+    scores = [drawn["means"][n]["score"] for n in ("1", "2", "4")]
+    assert scores == sorted(scores) and scores[2] > scores[0] + 1e-3
+    drawn = [drawn["means"][n]["prompts"] for n in ("1", "2", "4")]
+    assert drawn == [4 * drawn[2], 2 * drawn[2], drawn[2]] and drawn[2] > 8
 
 
 def went_on(whole: Path, cut: Path) -> None:

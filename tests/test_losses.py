@@ -1,5 +1,7 @@
 """The losses against their textbook forms, and their independence of how a batch is cut."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import entropy_of
 
-from dschat_kit.rlhf.losses import policy_loss, preference_loss, sft_loss, token_logprobs, value_loss
+from dschat_kit.rlhf.losses import (
+    dpo_loss,
+    policy_loss,
+    preference_loss,
+    sequence_logprobs,
+    sft_loss,
+    token_logprobs,
+    value_loss,
+)
 
 
 def test_sft_loss_is_the_cross_entropy_of_the_response_tokens():
@@ -34,6 +44,27 @@ def test_preference_loss_is_minus_log_sigmoid_of_the_margin():
     assert torch.allclose(loss, -torch.sigmoid(chosen - rejected).log().mean())
     assert float(metrics["accuracy"]) == pytest.approx(0.5)  # right, wrong, a tie that counts half
     assert float(metrics["margin"]) == pytest.approx(1 / 3)
+
+
+def test_dpo_begins_at_log_2_and_has_the_published_gradient():
+    """-beta sigmoid(r_rejected - r_chosen) [grad log pi(chosen) - grad log pi(rejected)], the equation after eq. 7."""
+    torch.manual_seed(0)
+    logprobs, ref = torch.randn(6, dtype=torch.float64, requires_grad=True), torch.randn(6, dtype=torch.float64)
+    start, metrics = dpo_loss(ref, ref, 0.3, 3)
+    assert float(start) == pytest.approx(math.log(2)) and float(metrics["accuracy"]) == 0.5
+    loss, _ = dpo_loss(logprobs, ref, 0.3, 3)
+    loss.backward()
+    chosen, rejected = (0.3 * (logprobs - ref)).detach().chunk(2)
+    push = -0.3 * torch.sigmoid(rejected - chosen) / 3
+    assert torch.allclose(logprobs.grad, torch.cat([push, -push]))
+
+
+def test_the_logprob_of_a_response_is_the_sum_of_its_tokens_and_nothing_else():
+    torch.manual_seed(0)
+    logits, sequences = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
+    mask = torch.tensor([[0, 0, 1, 1, 0], [0, 1, 1, 1, 1]]).bool()
+    by_hand = [sum(logits[i, t - 1].log_softmax(-1)[sequences[i, t]] for t in range(5) if mask[i, t]) for i in range(2)]
+    assert torch.allclose(sequence_logprobs(logits, sequences, mask), torch.stack(by_hand))
 
 
 def test_policy_loss_clips_only_what_would_go_too_far():

@@ -136,7 +136,7 @@ RESULTS = {
               "gold_length_correlation",
     "ppo": """score_before score_after kl response_length_before response_length_after eos_rate_after steps
     tokens_per_second
-        seconds gold_before gold_std_before gold_after""",
+        seconds gold_before gold_std_before gold_after lm_loss_before lm_loss_after""",
 }
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,7 +23,8 @@ from dschat_kit.config import ConfigError, Pipeline, Ppo
 from dschat_kit.notebook.launch import free_port
 from dschat_kit.rlhf import rollout
 from dschat_kit.rlhf.rewards import compute_rewards, kl_estimates
-from dschat_kit.rlhf.worlds import World, reached
+from dschat_kit.rlhf.rollout import Roles
+from dschat_kit.rlhf.worlds import World, WorldReward, kl_gradients, reached
 from dschat_kit.runs import StageRun, write_json
 from dschat_kit.train import exact, rank
 from dschat_kit.train import ppo as program
@@ -56,11 +58,10 @@ def session(tmp_path_factory):
         signal.signal(number, handler)
 
 
-def solve(session, world, beta, steps, **changes):
-    case = exact.Case(world, beta, steps)
+def solve(session, world, beta, steps, method="gae"):
+    case = exact.Case(world, beta, steps, method)
     session = copy.copy(session)
-    pipeline = case.pipeline(0, 1)
-    session.pipeline = dataclasses.replace(pipeline, ppo=dataclasses.replace(pipeline.ppo, **changes))
+    session.pipeline = case.pipeline(0, 1)
     return {"beta": beta, **exact.solve(session, case)[0]}
 
 
@@ -139,6 +140,40 @@ def test_the_first_gradient_is_the_exact_one(fitted, monkeypatch, world, bug):
         assert errors[1] > 1e-3, errors
 
 
+def test_a_trained_role_checkpoints_its_activations_where_asked(session, fitted):
+    model, calls = copy.deepcopy(fitted[FIXED]), []
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    asked = copy.copy(session)
+    asked.pipeline = exact.Case(FIXED, 0.5, 1).pipeline(0, 1)
+    engine = program.trained(asked, model, 1e-3)
+    asked.backward(engine, engine(input_ids=torch.tensor([[4, 1, 2]]), use_cache=False).logits.sum())
+    assert len(calls) == 2  # forward, and once more in the backward pass
+
+
+@given(st.permutations(range(12)), st.integers(0, 4))
+@settings(deadline=None, max_examples=10)
+def test_order_batch_mates_and_more_padding_change_no_experience(fitted, order, padding):
+    """Prompts and answers of different lengths, some rows alone in their micro batch."""
+    sequences, attention_mask, mask = (part[1::6][:12] for part in EOS.sequences())
+    model = copy.deepcopy(fitted[EOS])
+    model.lm_head.weight.data[:, 1:] *= 0.7  # away from its reference
+    critic = exact.scalar_copy(model)
+    critic.classifier.score.weight.data.fill_(0.1)
+    roles = Roles(actor=model, critic=critic, ref=fitted[EOS], reward=WorldReward(EOS))
+
+    def experience(rows, more, micro):
+        wide, real = (torch.nn.functional.pad(part[rows], (more, 0)) for part in (sequences, attention_mask))
+        scored = rollout.score_responses(roles, wide, real, EOS.length, 1.0, micro)
+        return rollout.make_experience(wide, real, mask[rows], mask[rows].any(1), scored, Ppo(score_clip=0.0),
+                                       lambda moments: moments)
+
+    plain, other = experience(list(range(12)), 0, 12), experience(list(order), padding, 5)
+    for name in ("logprobs", "ref_logprobs", "values", "scores", "rewards", "advantages", "returns"):
+        assert torch.allclose(getattr(plain, name)[list(order)], getattr(other, name), atol=1e-5), name
+    assert plain.values.abs().max() > 0.1 and (plain.logprobs - plain.ref_logprobs).abs().max() > 0.1
+
+
 # -- trained for real
 
 def test_ppo_reaches_the_optimum(session):
@@ -153,6 +188,22 @@ def test_ppo_reaches_the_optimum(session):
 def test_other_sizes_reach_it_too(session, world, beta):
     row = solve(session, world, beta, 100)
     assert verify.failures(row) == [], row
+
+
+@pytest.mark.slow
+def test_more_epochs_and_minibatches_reach_it_too(session, monkeypatch):
+    monkeypatch.setattr(exact, "Ppo", lambda **fields: Ppo(**{**fields, "mini_batch_size": 64, "micro_batch_size": 64,
+                                                              "ppo_epochs": 8}))
+    row = solve(session, EOS, 0.5, 30)
+    assert row["gap_closed"] > 0.98 and verify.failures(row) == [], row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, least, most", [("rloo", 0.99, 1), ("grpo", 0.99, 1), ("reinforce", 0.99, 1),
+                                                 ("dpo", 0.95, 1), ("grpo k3", 0.8, 0.95)])
+def test_what_the_other_methods_converge_to(session, method, least, most):
+    """All but GRPO with its KL as a k3 loss reach the optimum; DPO as far as its pairs tell of it."""
+    assert least < solve(session, FIXED, 0.5, 40, method=method)["gap_closed"] < most
 
 
 @pytest.mark.slow
@@ -227,12 +278,32 @@ def test_slopes_and_failures_tell_wrong_numbers():
 
 
 def test_the_figure_shows_theory_and_what_was_reached():
-    rows = [{**dataclasses.asdict(FIXED), "beta": beta, "frontier": FIXED.frontier(), "ranks": 1,
+    rows = [{**dataclasses.asdict(FIXED), "beta": beta, "method": "gae", "frontier": FIXED.frontier(), "ranks": 1,
              **reached(FIXED, FIXED.best(beta), beta)} for beta in (0.5, 1.0)]
     axes, = verify.figure(rows).axes
     curve, *points = axes.lines
     assert len(curve.get_xdata()) == 40 and list(curve.get_ydata()) == sorted(curve.get_ydata())
     assert {row["reached_kl"] for row in rows} <= {float(point.get_xdata()[0]) for point in points}
+
+
+def test_methods_are_planned_launched_side_by_side_and_drawn(tmp_path, monkeypatch):
+    def launched(cases):
+        return {"kl_gradients": kl_gradients(), "cases": [
+            {**case["world"], **case, **reached(FIXED, FIXED.best(2 * case["beta"]), case["beta"]),
+             "frontier": FIXED.frontier(), "gradient_error": 0.0} for case in cases]}
+
+    monkeypatch.setattr(verify, "launch_cases", launched)
+    rows = verify.compare(tmp_path, betas=(0.5, 2.0), steps=10)
+    assert [row["method"] for row in rows] == [*verify.METHODS, *verify.METHODS[:6]]
+    assert [row["beta"] for row in rows] == [0.5] * 10 + [2.0] * 6 and (tmp_path / "methods.png").exists()
+    axes, = verify.figure(rows).axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["exact optimum", *verify.METHODS[:6], "best of n"] and "gap closed" in verify.line(rows[0])
+    found = json.loads((tmp_path / "methods.json").read_text())["kl_gradients"]
+    panels = verify.gradient_figure(found).axes
+    on = [bool(np.allclose(*axes.lines[1].get_data())) for axes in panels]
+    assert dict(zip([axes.get_title() for axes in panels], on, strict=True)) == {
+        "k1 in the reward": True, "k2 as a loss": True, "k1 as a loss": False, "k3 as a loss": False}
 
 
 # -- minibatches

@@ -1,5 +1,7 @@
 """Enumerable worlds: published numbers, and that nothing is above the optimum."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dschat_kit.models.scalar_model import last_token
+from dschat_kit.rlhf.losses import dpo_loss
 from dschat_kit.rlhf.rewards import kl_estimates
-from dschat_kit.rlhf.worlds import World, WorldReward, best_of_n, reached
+from dschat_kit.rlhf.worlds import World, WorldReward, best_of_n, kl_gradients, reached
 
 worlds = st.builds(World, kind=st.sampled_from(["bigram", "bandit"]), vocab=st.integers(2, 5), length=st.just(1),
                    seed=st.integers(0, 99), eos=st.booleans(), prompts=st.integers(1, 3)) | st.builds(
@@ -70,24 +73,44 @@ def test_an_answer_ends_with_eos_which_belongs_to_it():
     assert sorted(answers) == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2], [2]]
 
 
-def test_kl_estimates_have_the_true_kl_as_their_mean_and_only_k2_may_be_a_loss():
+def test_kl_estimates_have_the_true_kl_as_their_mean_and_only_k1_in_the_reward_and_k2_have_its_gradient():
     """Over all answers of a bandit: k1 as a loss has no gradient, k3 has that of the other KL, KL(ref || policy)."""
-    world = World("bandit", 6, 1)
-    theta = torch.randn(6, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
-    ref = world.reference[0]
-    logprobs = theta.log_softmax(0)
-
-    def gradient(loss):
-        return torch.autograd.grad(loss, theta, retain_graph=True)[0]
-
-    estimates = kl_estimates(logprobs[:, None], ref[:, None], torch.ones(6, 1).bool())
-    p, kl = logprobs.detach().exp(), (logprobs.exp() * (logprobs - ref)).sum()
+    world, logprobs = World("bandit", 6, 1), torch.randn(6, generator=torch.Generator().manual_seed(0)).log_softmax(0)
+    estimates = kl_estimates(logprobs[:, None], world.reference[0][:, None], torch.ones(6, 1).bool())
+    p, kl = logprobs.exp(), (logprobs.exp() * (logprobs - world.reference[0])).sum()
     assert torch.allclose((p * estimates["k1"]).sum(), kl) and torch.allclose((p * estimates["k3"]).sum(), kl)
-    assert abs(float(((p * estimates["k2"]).sum() - kl).detach())) > 0.01
-    assert torch.allclose(gradient((p * estimates["k1"]).sum()), torch.zeros(6).double(), atol=1e-12)
-    assert torch.allclose(gradient((p * estimates["k2"]).sum()), gradient(kl))
-    assert torch.allclose(gradient((p * estimates["k3"]).sum()), gradient((ref.exp() * (ref - logprobs)).sum()))
-    assert not torch.allclose(gradient((p * estimates["k3"]).sum()), gradient(kl), atol=1e-2)
+    assert abs(float((p * estimates["k2"]).sum() - kl)) > 0.01
+
+    found = {name: np.array(value) for name, value in kl_gradients(seed=3).items()}
+    true = found.pop("true KL")
+    right = {name for name, value in found.items() if np.allclose(value, true)}
+    assert right == {"k1 in the reward", "k2 as a loss"}
+    assert np.allclose(found["k1 as a loss"], 0) and np.allclose(found["k3 as a loss"], found["KL(ref || policy)"])
+    assert np.abs(true - found["k3 as a loss"]).max() > 0.01
+
+
+@given(st.integers(0, 99), st.sampled_from([0.3, 1.0, 3.0]))
+@settings(deadline=None, max_examples=6)
+def test_dpo_on_all_pairs_ends_at_the_optimum(seed, beta):
+    """Each pair with the weight that reference answers ordered by Bradley-Terry give it."""
+    world = World("bandit", 5, 1, seed)
+    ref, rewards, pairs = world.reference[0], world.rewards[0], list(itertools.permutations(range(5), 2))
+    weights = [float((ref[i] + ref[j]).exp() * (rewards[i] - rewards[j]).sigmoid()) for i, j in pairs]
+    logits = ref.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-10, tolerance_change=0,
+                                  line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        logprobs = logits.log_softmax(0)
+        total = sum(weight * dpo_loss(logprobs[list(pair)], ref[list(pair)], beta, 1)[0]
+                    for weight, pair in zip(weights, pairs, strict=True))
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    found = reached(world, logits.detach().log_softmax(0)[None], beta)
+    assert found["gap_closed"] > 1 - 1e-6 and found["beta_hat"] == pytest.approx(beta, rel=1e-3)
 
 
 @pytest.mark.parametrize("n, bound", [(2, 0.193), (4, 0.636), (16, 1.835), (64, 3.175)])

@@ -62,6 +62,14 @@ RULES = {
          "accuracy {accuracy:.3f}; 'the longer answer wins' has {length_baseline_accuracy:.3f}",
          "the model may have learned length alone: more rows, and watch response_length in PPO"),
     ),
+    "dpo": (
+        ("first loss", "fail", lambda n: abs(n["first"]["loss"] - math.log(2)) > n["slack"],
+         "loss {first[loss]:.4f} at the first step instead of log 2: the policy does not begin as its reference",
+         "actor and ref have to be the SFT model of this run, in one dtype: --fresh where the SFT stage was made anew"),
+        ("pairs", "warn", lambda n: n["last"]["accuracy"] < 0.5,
+         "{last[accuracy]:.0%} of the training pairs are ranked right", "chosen and rejected may be swapped; else more "
+         "dpo.max_steps or a higher dpo.lr"),
+    ),
     "ppo": (  # before its first update the actor is the SFT model: ratio 1, KL 0, whatever the data
         ("first ratio", "fail", lambda n: abs(n["first"]["first_ratio_max"] - 1) > n["slack"],
          "ratio {first[first_ratio_max]:.4f} before any update; 1 is right", OTHER_LOGPROBS),
@@ -138,6 +146,8 @@ def run_checks(run_root: Path) -> list[Check]:
     checks = []
     for stage in STAGES:
         run = open_run(root, stage)
+        if stage == "dpo" and not run.path.exists():  # an alternative to PPO, no part of the chain
+            continue
         try:
             checks.append(_status(run))
             rows = read_metrics(run.metrics_path)

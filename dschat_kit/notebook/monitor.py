@@ -12,7 +12,8 @@ from dschat_kit.notebook import plots
 from dschat_kit.notebook.progress import ENDED, Follow, Snapshot, bar
 from dschat_kit.notebook.tables import bundle
 
-FIGURES = {"sft": plots.sft_loss, "reward": plots.reward_training, "ppo": plots.ppo_curves}
+FIGURES = {"sft": plots.sft_loss, "reward": plots.reward_training, "dpo": plots.reward_training,
+           "ppo": plots.ppo_curves}
 
 
 class Watch:

@@ -1,7 +1,6 @@
 """One matplotlib function a figure: numbers from a run folder in, a `matplotlib.figure.Figure` out (no pyplot).
 
-`run` is a stage's folder (StageRun or path), `root` the folder of the whole pass. A stage that has written nothing yet
-gives a figure that says so. `figure.get_label()` is a text for those who cannot see it.
+`run` is a stage's folder (StageRun or path), `root` that of a pass; `figure.get_label()` says what the figure shows.
 """
 from pathlib import Path
 

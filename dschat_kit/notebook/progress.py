@@ -11,7 +11,8 @@ from dschat_kit.metrics import MetricsTail
 from dschat_kit.runs import RunError, StageRun, open_run
 
 ENDED = ("finished", "failed", "interrupted")
-SHOWN = {"sft": ("loss", "eval_loss"), "reward": ("loss", "accuracy"), "ppo": ("score_mean", "kl", "response_length")}
+SHOWN = {"sft": ("loss", "eval_loss"), "reward": ("loss", "accuracy"), "dpo": ("loss", "accuracy"),
+         "ppo": ("score_mean", "kl", "response_length")}
 STALE = 15.0  # seconds without news after which the locks are asked whether anybody is still at work
 
 
@@ -78,7 +79,7 @@ class Follow:
             eta = (now - since) / (step - before) * (total - step)
         self.news = status.get("updated") != self.before[stage]
         self.over = state in ("failed", "interrupted") and self.news or \
-            state == "finished" and (not self.whole or stage in STAGES[-2:])
+            state == "finished" and (not self.whole or stage in STAGES[-3:])
         return Snapshot(stage, state, step, total, eta, dict(self.numbers[stage]), status.get("error"))
 
     @staticmethod

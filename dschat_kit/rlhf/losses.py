@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["policy_loss", "preference_loss", "sft_loss", "token_logprobs", "value_loss"]
+__all__ = ["dpo_loss", "policy_loss", "preference_loss", "sequence_logprobs", "sft_loss", "token_logprobs",
+           "value_loss"]
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
@@ -15,10 +16,14 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> 
     return scaled.gather(-1, tokens[..., None]).squeeze(-1) - scaled.logsumexp(-1)
 
 
+def sequence_logprobs(logits: Tensor, sequences: Tensor, response_mask: Tensor) -> Tensor:
+    """(B,) log-probabilities of whole responses (B, T), each token predicted from the position before it."""
+    return (token_logprobs(logits[:, :-1], sequences[:, 1:]) * response_mask[:, 1:]).sum(-1)
+
+
 def sft_loss(logits: Tensor, sequences: Tensor, response_mask: Tensor, tokens: float | Tensor) -> tuple[Tensor, dict]:
     """Cross-entropy of the response tokens (B, T), each predicted from the position before it."""
-    logprobs = token_logprobs(logits[:, :-1], sequences[:, 1:])
-    loss = -(logprobs * response_mask[:, 1:]).sum() / tokens
+    loss = -sequence_logprobs(logits, sequences, response_mask).sum() / tokens
     return loss, {"loss": loss.detach()}
 
 
@@ -29,6 +34,13 @@ def preference_loss(scores_chosen: Tensor, scores_rejected: Tensor, pairs: float
     metrics = {"loss": loss, "accuracy": ((margin > 0).float() + 0.5 * (margin == 0)).sum() / pairs,
                "margin": margin.sum() / pairs}
     return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def dpo_loss(logprobs: Tensor, ref_logprobs: Tensor, beta: float, pairs: float | Tensor) -> tuple[Tensor, dict]:
+    """`preference_loss` of the implicit rewards beta * (log pi - log pi_ref) of whole responses (2B,), the chosen ones
+    first. Rafailov et al. 2023 (2305.18290), eq. 7."""
+    chosen, rejected = (beta * (logprobs - ref_logprobs)).chunk(2)
+    return preference_loss(chosen, rejected, pairs)
 
 
 def policy_loss(new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float,

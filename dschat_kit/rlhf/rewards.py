@@ -66,7 +66,7 @@ ADVANTAGES = {
 }
 """ppo.advantage -> (advantages, returns). All are whitened afterwards: that is reinforce's baseline, the batch's mean.
 The KL stands in the reward, so gae, reinforce and rloo aim at the KL-regularised optimum, grpo too where all prompts
-have one spread of rewards; GRPO as published, with the k3 estimate as a loss, does not (tests/test_verify.py)."""
+have one spread of rewards; GRPO as published, with the k3 estimate as a loss, does not (`dschat verify --methods`)."""
 
 
 def masked_moments(x: Tensor, mask: Tensor) -> Tensor:

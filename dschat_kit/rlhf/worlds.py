@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["World", "WorldReward", "best_of_n", "reached"]
+from dschat_kit.rlhf.rewards import kl_estimates
+
+__all__ = ["World", "WorldReward", "best_of_n", "kl_gradients", "reached"]
 
 
 @dataclass(frozen=True)
@@ -148,3 +150,17 @@ def best_of_n(world: World, n: int) -> Tensor:
                         for i in range(world.rewards.shape[1])], dim=-1)
     chosen = (below + tied).clamp(max=1) ** n - below ** n
     return (world.reference - tied.log() + chosen.clamp(min=1e-300).log()).log_softmax(-1)
+
+
+def kl_gradients(seed: int = 0, arms: int = 10) -> dict[str, list[float]]:
+    """Expected gradients over all arms of a bandit, by the policy's logits: of KL(policy || ref), and of its estimates
+    as a loss term or as a charge in the reward. Two of them may be used."""
+    ref = World("bandit", arms, 1, seed).reference[0]
+    logits = torch.from_numpy(np.random.default_rng(seed + 1).normal(size=arms)).requires_grad_()
+    logprobs = logits.log_softmax(0)
+    p, estimates = logprobs.detach().exp(), kl_estimates(logprobs[:, None], ref[:, None], torch.ones(arms, 1).bool())
+    losses = {"true KL": (logprobs.exp() * (logprobs - ref)).sum(),
+              "k1 in the reward": (p * estimates["k1"].detach() * logprobs).sum(),
+              **{f"{name} as a loss": (p * estimate).sum() for name, estimate in estimates.items()},
+              "KL(ref || policy)": (ref.exp() * (ref - logprobs)).sum()}
+    return {name: torch.autograd.grad(loss, logits, retain_graph=True)[0].tolist() for name, loss in losses.items()}

@@ -3,51 +3,56 @@
     deepspeed --num_gpus 2 --module dschat_kit.train.exact --run RUN/ppo
 
 RUN/ppo/cases.json lists the worlds, RUN/ppo/result.json gets what was reached. The actor is a one-layer, 32-wide Llama
-fitted to the world's reference; nothing of the training is special but the models and the prompts.
+fitted to the world's reference; nothing of the training is special but the models and the prompts. Other methods run
+in the same worlds: PPO's other advantages, DPO on pairs of reference answers, and GRPO as published.
 """
 
 import copy
 import dataclasses
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dschat_kit.config import Model, Pipeline, Ppo, Rollout, Sampling, Zero
-from dschat_kit.data.datasets import rank_share
-from dschat_kit.engine.engines import freeze
+from dschat_kit.data.datasets import SequenceBatch, rank_share
+from dschat_kit.engine.engines import freeze, set_learning_rate
 from dschat_kit.engine.hybrid import HybridEngine
 from dschat_kit.engine.rollout_types import KitRequest, KitSampling
 from dschat_kit.engine.zero import full_state_dict
 from dschat_kit.models.loading import model_inputs
-from dschat_kit.models.scalar_model import ScalarModel
+from dschat_kit.rlhf.logprobs import response_logprobs
+from dschat_kit.rlhf.rewards import ADVANTAGES, kl_estimates
 from dschat_kit.rlhf.rollout import Roles, make_experience, score_responses
-from dschat_kit.rlhf.worlds import World, WorldReward, reached
-from dschat_kit.runs import RunError, read_json, write_json
-from dschat_kit.train.ppo import actor_objective, iterate, trained
+from dschat_kit.rlhf.worlds import World, WorldReward, best_of_n, kl_gradients, reached
+from dschat_kit.runs import read_json
+from dschat_kit.train.dpo import objective as dpo_objective
+from dschat_kit.train.exact_models import ROWS, answer_logprobs, export, fit_reference, scalar_copy
+from dschat_kit.train.ppo import actor_objective, iterate, learning_rates, trained
 from dschat_kit.train.ppo_metrics import Clock
 from dschat_kit.train.rank import main
 from dschat_kit.train.session import Session
 
-__all__ = ["Case", "answer_logprobs", "fit_reference", "gradient_error", "solve", "verify"]
-
-ROWS = 8192
-"""Enumerated answers of one forward pass."""
+__all__ = ["Case", "gradient_error", "solve", "verify"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One world, its KL coefficient, and how long PPO may try."""
+    """One world, its KL coefficient, and how long a method may try: a value of ppo.advantage, dpo, best of N, or
+    grpo k3, GRPO as published, whose KL is not in the reward but a loss."""
     world: World
     beta: float
     steps: int
+    method: str = "gae"
 
     def pipeline(self, zero: int, ranks: int) -> Pipeline:
         """256 answers an iteration, 4 epochs of one minibatch, learning rates that fall to 0."""
+        name = self.method.split()[0]
+        advantage, samples = name if name in ADVANTAGES else "gae", 16 if name in ("rloo", "grpo") else 1
         ppo = Ppo(max_steps=self.steps, rollout_batch_size=256, mini_batch_size=256, micro_batch_size=256 // ranks,
-                  ppo_epochs=4, lr_actor=2e-3, lr_critic=4e-3, kl_coef=self.beta, score_clip=0.0)
+                  ppo_epochs=4, lr_actor=2e-3, lr_critic=4e-3, score_clip=0.0, advantage=advantage,
+                  kl_coef=0.0 if self.method == "grpo k3" else self.beta, samples_per_prompt=samples)
         return Pipeline(model=Model(dtype="fp32"), zero=Zero(stage=zero), ppo=ppo, seed=self.world.seed,
                         sampling=Sampling(max_new_tokens=self.world.length),
                         rollout=Rollout(micro_batch_size=256, reuse_logprobs="never"))
@@ -55,124 +60,99 @@ class Case:
 
 def verify(session: Session) -> dict:
     """Every case of cases.json; the model of the last one is exported."""
-    plan, found = read_json(session.run.path / "cases.json"), []
+    plan, found, policy = read_json(session.run.path / "cases.json"), [], None
     session.begin(len(plan["cases"]), {})
     for step, asked in enumerate(plan["cases"], 1):
-        case = Case(World(**asked["world"]), asked["beta"], asked["steps"])
+        case = Case(**{**asked, "world": World(**asked["world"])})
         mine = copy.copy(session)
         mine.pipeline = case.pipeline(plan["zero"], session.world_size)
         row, policy = solve(mine, case)
-        found.append({**asked["world"], "beta": case.beta, "ranks": session.world_size, "zero": plan["zero"], **row,
-                      "frontier": case.world.frontier()})
-        session.log(step, row, show=("gap_closed", "beta_hat", "gradient_error", "seconds"))
-    if session.is_main:
+        found.append({**asked["world"], "beta": case.beta, "method": case.method, "ranks": session.world_size,
+                      "zero": plan["zero"], **row, "frontier": case.world.frontier()})
+        session.log(step, row, show=("gap_closed", "beta_hat", "seconds"))
+    if session.is_main and policy is not None:
         export(policy, case.world, session.run.model_dir)
-    return {"cases": found}
+    return {"cases": found, "kl_gradients": kl_gradients()}
 
 
-def solve(session: Session, case: Case) -> tuple[dict, nn.Module]:
-    """(figures, learned policy) of PPO in one world."""
-    started, world, settings = time.time(), case.world, session.pipeline.ppo
+def solve(session: Session, case: Case) -> tuple[dict, nn.Module | None]:
+    """(figures, learned policy) of a method in one world; best of N learns none."""
+    started, world, figures = time.time(), case.world, {}
+    if case.method.startswith("best of "):
+        return {**reached(world, best_of_n(world, int(case.method.split()[-1])), case.beta), "steps": 0,
+                "seconds": time.time() - started}, None
     fitted = fit_reference(world)
-    error = gradient_error(world, case.beta, fitted)
-    roles = Roles(actor=trained(session, copy.deepcopy(fitted), settings.lr_actor),
-                  critic=trained(session, scalar_copy(fitted), settings.lr_critic),
-                  ref=freeze(copy.deepcopy(fitted), session.pipeline, session.device),
+    if case.method == "gae":
+        figures["gradient_error"] = gradient_error(world, case.beta, fitted)
+    actor = trained(session, copy.deepcopy(fitted), session.pipeline.ppo.lr_actor)
+    roles = Roles(actor=actor, ref=freeze(copy.deepcopy(fitted), session.pipeline, session.device),
+                  critic=trained(session, scalar_copy(fitted), session.pipeline.ppo.lr_critic)
+                  if session.pipeline.ppo.advantage == "gae" and case.method != "dpo" else None,
                   reward=WorldReward(world).to(session.device))
+    figures |= run_dpo(session, case, roles) if case.method == "dpo" else run_ppo(session, case, roles)
+    state = full_state_dict(roles.actor.module, session.is_main)
+    if session.is_main:
+        fitted.load_state_dict(state)
+    return {**reached(world, answer_logprobs(fitted, world), case.beta), **figures, "steps": case.steps,
+            "seconds": time.time() - started}, fitted
+
+
+def run_ppo(session: Session, case: Case, roles: Roles) -> dict:
+    """PPO's iterations; how far the first ratios were from 1."""
+    world, settings, ratio = case.world, session.pipeline.ppo, {"ratio_error": 0.0, "sampler_ratio_error": 0.0}
     hybrid = HybridEngine(roles.actor, micro_batch_size=session.pipeline.rollout.micro_batch_size)
     sampling = KitSampling(max_new_tokens=world.length, temperature=1.0, pad_token_id=0,
                            stop_token_ids=(world.vocab - 1,) if world.eos else ())
-    ratio = {"ratio_error": 0.0, "sampler_ratio_error": 0.0}
+    objective = k3_objective(case.beta) if case.method == "grpo k3" else actor_objective
     for step in range(settings.max_steps):
         batch, scored, _, updates = iterate(session, roles, hybrid, prompts_of(session, world, step), sampling, step,
-                                            settings, Clock())
+                                            settings, Clock(), objective=objective)
         away = float(((scored.logprobs - batch.logprobs) * batch.response_mask).abs().max().exp()) - 1
         first = max(abs(updates[0]["ratio_max"] - 1), abs(updates[0]["approx_kl"]))
         ratio = {"ratio_error": max(ratio["ratio_error"], first),
                  "sampler_ratio_error": max(ratio["sampler_ratio_error"], session.largest(away)[0])}
-    state = full_state_dict(roles.actor.module, session.is_main)
-    if session.is_main:
-        fitted.load_state_dict(state)
-    figures = reached(world, answer_logprobs(fitted, world), case.beta)
-    return {**figures, "gradient_error": error, **ratio, "steps": case.steps, "seconds": time.time() - started}, fitted
+    return ratio
+
+
+def k3_objective(beta: float):
+    """The policy loss with beta times the k3 estimate of the KL beside it, as GRPO has it (2402.03300, eq. 3-4)."""
+    def objective(actor: nn.Module, micro, settings: Ppo, temperature: float, tokens: float) -> tuple[Tensor, dict]:
+        loss, metrics = actor_objective(actor, micro, settings, temperature, tokens)
+        new, _ = response_logprobs(actor, micro.sequences, micro.attention_mask, micro.response_mask.shape[1],
+                                   temperature)
+        return loss + beta * kl_estimates(new, micro.ref_logprobs, micro.response_mask)["k3"].sum() / tokens, metrics
+    return objective
+
+
+def run_dpo(session: Session, case: Case, roles: Roles) -> dict:
+    """As many optimiser steps as PPO makes, each on 128 pairs of reference answers, whose order is drawn from the
+    rewards by Bradley-Terry: log-odds r_1 - r_2."""
+    world, settings = case.world, session.pipeline.ppo
+    sequences, attention_mask, mask = world.sequences()
+    mask = torch.cat([torch.zeros(len(mask), sequences.shape[1] - mask.shape[1], dtype=torch.bool), mask], dim=1)
+    for step in range(settings.max_steps * settings.ppo_epochs):
+        draw = torch.Generator().manual_seed(session.pipeline.seed * 1_000_003 + step)
+        first = (world.reference.exp() / world.prompts).flatten().multinomial(128, True, generator=draw)
+        prompts = first // len(world.answers[0])
+        second = prompts * len(world.answers[0]) + world.reference[prompts].exp().multinomial(1, generator=draw)[:, 0]
+        odds = world.rewards.flatten()[first] - world.rewards.flatten()[second]
+        right = torch.rand(128, generator=draw, dtype=torch.float64) < odds.sigmoid()
+        rows = torch.cat([torch.where(right, first, second), torch.where(right, second, first)]).view(2, -1)
+        rows = rows[:, session.rank::session.world_size].flatten()
+        batch = SequenceBatch(sequences=sequences[rows], attention_mask=attention_mask[rows], response_mask=mask[rows])
+        set_learning_rate(roles.actor, learning_rates(settings, step // settings.ppo_epochs)["lr_actor"])
+        session.backward(roles.actor, dpo_objective(roles, batch.to(session.device), case.beta, pairs=128)[0])
+    return {}
 
 
 def prompts_of(session: Session, world: World, step: int) -> KitRequest:
     """The world's prompts in turn, this rank's share of them."""
-    rows = session.pipeline.ppo.rollout_batch_size
+    rows, samples = session.pipeline.ppo.rollout_batch_size, session.pipeline.ppo.samples_per_prompt
     places = rank_share(torch.arange(rows), session.rank, session.world_size)
-    prompt_ids, mask = world.prompt_batch(places % world.prompts)
+    prompt_ids, mask = world.prompt_batch(places % (rows // samples) % world.prompts)
     seeds = (session.pipeline.seed * 1_000_003 + step) * rows + places
     return KitRequest(prompt_ids=prompt_ids.to(session.device), prompt_attention_mask=mask.to(session.device),
                       row_seeds=seeds)
-
-
-def small_llama(world: World) -> nn.Module:
-    """One layer, 32 wide. Its first channel is a constant that makes the prompts' own tokens impossible to say, and
-    attention adds nothing yet: at the start the next token depends on the last one alone."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    config = LlamaConfig(vocab_size=world.vocab + world.prompts, hidden_size=32, intermediate_size=64,
-                         num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64, initializer_range=0.2,
-                         num_labels=1, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None, pad_token_id=0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(world.seed)
-        model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        model.model.layers[0].self_attn.o_proj.weight.zero_()
-        model.model.layers[0].mlp.down_proj.weight[0] = 0.0
-        model.model.embed_tokens.weight.mul_(5)
-        model.model.embed_tokens.weight[:, 0], model.lm_head.weight[:, 0] = 5.0, 0.0
-        model.lm_head.weight[world.vocab:] = torch.tensor([-40.0] + [0.0] * 31)
-    return model
-
-
-def fit_reference(world: World) -> nn.Module:
-    """A language model that follows the world's table. Raises RunError where it is off by more than 1e-4 nats."""
-    model, rows = small_llama(world), torch.arange(world.vocab + world.prompts)[:, None]
-    rows = rows if world.kind == "bigram" else rows[world.vocab:]
-    table = world.table[rows[:, 0]]
-    embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
-    constant = embedding.register_hook(lambda gradient: gradient * (torch.arange(gradient.shape[1]) > 0))
-    optimizer = torch.optim.LBFGS([embedding, head], max_iter=400, tolerance_grad=1e-7, tolerance_change=0,
-                                  line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        logprobs = model(input_ids=rows).logits[:, 0].log_softmax(-1)[:, :world.vocab]
-        distance = (table.exp() * (table - logprobs)).sum()
-        distance.backward()
-        return distance
-
-    optimizer.step(loss)
-    constant.remove()
-    model.zero_grad()
-    off = float((world.reference.exp() * (world.reference - answer_logprobs(model, world))).sum(-1).max())
-    if not abs(off) < 1e-4:
-        raise RunError(f"the reference model is {off:.2g} nats away from the table\n  expected: at most 1e-4\n"
-                       "  change: a smaller --vocab")
-    return model
-
-
-@torch.no_grad()
-def answer_logprobs(model: nn.Module, world: World) -> Tensor:
-    """(P, N) float64 log-probabilities of every answer, by a float64 copy of the model."""
-    sequences, attention_mask, mask = world.sequences()
-    double, A, parts = copy.deepcopy(model).double(), world.length, []
-    for rows in torch.arange(len(sequences)).split(ROWS):
-        tokens = sequences[rows]
-        logits = double(**model_inputs(double, tokens, attention_mask[rows])).logits[:, -A - 1:-1]
-        logprobs = logits.log_softmax(-1).gather(-1, tokens[:, -A:, None]).squeeze(-1)
-        parts.append((logprobs * mask[rows]).sum(-1))
-    return torch.cat(parts).view(world.prompts, -1)
-
-
-def scalar_copy(model: nn.Module) -> ScalarModel:
-    """A critic with the same backbone, its head at 0."""
-    from transformers import LlamaForSequenceClassification
-    classifier = LlamaForSequenceClassification(model.config).eval()
-    classifier.model.load_state_dict(model.model.state_dict())
-    nn.init.zeros_(classifier.score.weight)
-    return ScalarModel(classifier)
 
 
 def gradient_error(world: World, beta: float, fitted: nn.Module, temperature: float = 1.0) -> float:
@@ -213,16 +193,6 @@ def _true_gradient(world: World, beta: float, actor: nn.Module, ref: nn.Module, 
                        .gather(-1, responses).squeeze(-1) * mask[rows]).sum(-1) for model in (actor, ref))
         (own.exp() * (rewards - beta * (own - other.detach()))).sum().div(world.prompts).backward()
     return torch.cat([p.grad.flatten() for p in actor.parameters()])
-
-
-def export(model: nn.Module, world: World, folder: Path) -> None:
-    """A Hugging Face folder with world.json: after `start_token_id` (or one of `prompts`) come `length` tokens of
-    `token_ids`, fewer where `eos_token_id` ends the answer."""
-    model.save_pretrained(folder)
-    write_json(folder / "world.json", {
-        **dataclasses.asdict(world), "start_token_id": world.vocab, "token_ids": list(range(world.vocab)),
-        "eos_token_id": world.vocab - 1 if world.eos else None,
-        "prompts": [world.prompt(p).tolist() for p in range(world.prompts)]})
 
 
 if __name__ == "__main__":

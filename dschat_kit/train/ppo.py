@@ -10,7 +10,7 @@ penalty, GAE, whitening over all ranks  4. ppo_epochs passes of clipped updates 
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from torch import Tensor, nn
@@ -33,7 +33,16 @@ from dschat_kit.rlhf.rewards import next_kl_coef
 from dschat_kit.rlhf.rollout import Roles, Scored, make_experience, score_responses
 from dschat_kit.runs import open_run
 from dschat_kit.train.ppo_metrics import Clock, add_metrics, rollout_metrics, summary, work_of
-from dschat_kit.train.prompts import PromptFeed, TextFeed, evaluate, reference_gap, reused, sample_lines, sampling_of
+from dschat_kit.train.prompts import (
+    PromptFeed,
+    TextFeed,
+    evaluate,
+    reference_gap,
+    reused,
+    sample_lines,
+    sampling_of,
+    text_rows,
+)
 from dschat_kit.train.rank import main
 from dschat_kit.train.session import Session
 
@@ -44,16 +53,17 @@ def train(session: Session) -> dict:
     data, tokenizer, pad_id = session.prepare_data()
     sampling = sampling_of(pipeline, tokenizer, pad_id)
     roles = build_roles(session, tokenizer)
+    seed = pipeline.seed + settings.seed
     hybrid = HybridEngine(roles.actor, micro_batch_size=pipeline.rollout.micro_batch_size,
                           release_inference_cache=pipeline.rollout.release_inference_cache,
                           max_out_tokens=pipeline.rollout.max_out_tokens,
                           cuda_graphs=pipeline.rollout.cuda_graphs,
                           inference_tp_size=pipeline.rollout.inference_tp_size)
     session.follow(hybrid.replica.model)
-    held_out = PromptFeed(TokenRows(data, "eval"), settings.eval_prompts, pipeline.seed, pad_id, session, unique=True)
-    feed = PromptFeed(TokenRows(data, "ppo"), settings.rollout_batch_size, pipeline.seed, pad_id, session,
+    held_out = PromptFeed(TokenRows(data, "eval"), settings.eval_prompts, seed, pad_id, session, unique=True)
+    feed = PromptFeed(TokenRows(data, "ppo"), settings.rollout_batch_size, seed, pad_id, session,
                       samples=settings.samples_per_prompt)
-    texts = TextFeed(TokenRows(data, "sft"), settings, pipeline.seed, pad_id, session) if settings.ptx_coef else None
+    texts = TextFeed(text_rows(data), settings, seed, pad_id, session) if settings.ptx_coef else None
     ema = Ema(roles.actor, settings.ema_decay) if settings.ema_decay else None
     kept = {"actor": roles.actor, "critic": roles.critic, "ema": ema}
     if pipeline.lora.share_base:
@@ -95,9 +105,10 @@ def train(session: Session) -> dict:
 
 
 def iterate(session: Session, roles: Roles, hybrid: HybridEngine, request: KitRequest, sampling: KitSampling,
-            step: int, settings: Ppo, clock: Clock,
-            texts: TextFeed | None = None, ema: Ema | None = None) -> tuple[KitBatch, Scored, Experience, list[dict]]:
-    """One PPO iteration on a batch of prompts; the last of what it returns are the metrics of each optimiser step."""
+            step: int, settings: Ppo, clock: Clock, texts: TextFeed | None = None, ema: Ema | None = None,
+            objective: Callable | None = None) -> tuple[KitBatch, Scored, Experience, list[dict]]:
+    """One PPO iteration on a batch of prompts; the last of what it returns are the metrics of each optimiser step.
+    `objective` takes the place of actor_objective."""
     # 1. The actor answers.
     batch = hybrid.generate(request, sampling)
     clock.lap("generation")
@@ -116,7 +127,7 @@ def iterate(session: Session, roles: Roles, hybrid: HybridEngine, request: KitRe
     parts = [part for epoch in range(settings.ppo_epochs) for part in minibatches(session, experience, step, epoch)]
     lrs = learning_rates(settings, step)
     updates = [update(session, roles, part, settings, sampling.temperature, lrs,
-                      texts.at(step * len(parts) + i) if texts else (), ema) for i, part in enumerate(parts)]
+                      texts.at(step * len(parts) + i) if texts else (), ema, objective) for i, part in enumerate(parts)]
     clock.lap("training")
     return batch, scored, experience, updates
 
@@ -167,15 +178,16 @@ def minibatches(session: Session, experience: Experience, step: int, epoch: int)
     Row g of the global batch is on rank g % world_size. A minibatch of M rows takes one of each class modulo M, the
     classes shuffled on their own: so each rank has its share, and which rows meet depends on no number of ranks.
     """
-    rank, world = session.rank, session.world_size
-    rows = np.arange(len(experience) * world).reshape(-1, session.pipeline.ppo.mini_batch_size)
-    shuffled = np.random.default_rng([session.pipeline.seed, step + 1, epoch]).permuted(rows, axis=0)
+    rank, world, settings = session.rank, session.world_size, session.pipeline.ppo
+    rows = np.arange(len(experience) * world).reshape(-1, settings.mini_batch_size)
+    shuffled = np.random.default_rng([session.pipeline.seed + settings.seed, step + 1, epoch]).permuted(rows, axis=0)
     for minibatch in shuffled[:, rank::world]:
         yield experience.select((minibatch - rank) // world)
 
 
 def update(session: Session, roles: Roles, minibatch: Experience, settings: Ppo, temperature: float,
-           lrs: dict[str, float], texts: Sequence[SequenceBatch] = (), ema: Ema | None = None) -> dict:
+           lrs: dict[str, float], texts: Sequence[SequenceBatch] = (), ema: Ema | None = None,
+           objective: Callable | None = None) -> dict:
     """One optimiser step of actor and critic on one minibatch, the actor's on `texts` too (one batch a micro batch),
     and one of the moving average; returns its metrics over all ranks."""
     tokens, text_tokens = session.sum(minibatch.response_mask.sum(), sum(text.response_mask.sum() for text in texts))
@@ -184,7 +196,7 @@ def update(session: Session, roles: Roles, minibatch: Experience, settings: Ppo,
         if (engine := getattr(roles, role)) is not None:
             set_learning_rate(engine, lrs[f"lr_{role}"])
     for micro, text in itertools.zip_longest(minibatch.by_length().split(settings.micro_batch_size), texts):
-        loss, found = actor_objective(roles.actor, micro, settings, temperature, tokens)
+        loss, found = (objective or actor_objective)(roles.actor, micro, settings, temperature, tokens)
         if text is not None:
             logits = roles.actor(**model_inputs(roles.actor, text.sequences, text.attention_mask)).logits
             ptx_loss, _ = sft_loss(logits, text.sequences, text.response_mask, text_tokens)

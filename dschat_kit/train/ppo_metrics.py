@@ -97,7 +97,7 @@ def summary(before: dict, after: dict, state: dict, steps: int) -> dict:
     result = {"score_before": before["score"], "score_after": after["score"], "kl": after["kl"],
               "response_length_before": before["tokens"], "response_length_after": after["tokens"],
               "eos_rate_before": before["finished"], "eos_rate_after": after["finished"],
-              "eval_prompts": after["prompts"],
+              "eval_prompts": after["prompts"], "lm_loss_before": before["lm_loss"], "lm_loss_after": after["lm_loss"],
               "steps": steps, "tokens_per_second": state["tokens"] / max(spent, 1e-9), "seconds": state["seconds"]}
     if "gold" in after:
         gain = after["gold"] - before["gold"]

@@ -1,6 +1,7 @@
 """Prompts in, sampled and scored responses out: the feed of PPO, and a look at held-out prompts before and after."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,8 +24,10 @@ from dschat_kit.models.scalar_model import response_scores
 from dschat_kit.rlhf.rewards import kl_estimates
 from dschat_kit.rlhf.rollout import Roles, Scored, score_responses
 from dschat_kit.runs import open_run
+from dschat_kit.train import sft
 
-__all__ = ["Prompts", "PromptFeed", "TextFeed", "evaluate", "reference_gap", "reused", "sample_lines", "sampling_of"]
+__all__ = ["Prompts", "PromptFeed", "TextFeed", "answer", "averages", "evaluate", "reference_gap", "reused",
+           "sample_lines", "sampling_of", "text_rows"]
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,15 @@ class PromptFeed:
         return Prompts(batch, [row["source"] for row in some], request)
 
 
+def text_rows(data: Path, held_out: bool = False) -> TokenRows:
+    """What mixture training goes on to learn from, or is measured on: plain text where the sources have any, else the
+    rows of SFT or the held-out ones."""
+    part, otherwise = ("ptx_eval", "eval") if held_out else ("ptx", "sft")
+    return TokenRows(data, part if (data / "rows" / f"{part}.npy").exists() else otherwise)
+
+
 class TextFeed:
-    """SFT rows that the actor goes on to learn from at optimiser step k; a pure function of (seed, k)."""
+    """Text rows that the actor goes on to learn from at optimiser step k; a pure function of (seed, k)."""
 
     def __init__(self, rows: TokenRows, settings: Ppo, seed: int, pad_id: int, session):
         self.rows, self.pad_id, self.session, self.size = rows, pad_id, session, settings.micro_batch_size
@@ -140,24 +150,35 @@ def reference_gap(session, reward, rows: TokenRows, pad_id: int) -> dict[str, fl
 def evaluate(session, hybrid, roles: Roles, held_out: PromptFeed, sampling: KitSampling, tokenizer, phase: str) -> dict:
     """Answers to the held-out prompts by the actor as it is: means over all ranks; some of the answers as sample lines.
 
-    The same prompts with the same random numbers before and after.
+    The same prompts with the same random numbers before and after. `lm_loss` is the actor's on held-out text.
     """
-    prompts, telemetry = held_out.at(0), session.pipeline.telemetry
+    lines = answer(session, hybrid, roles, held_out, sampling, tokenizer, phase)
+    own = held_out.count // session.world_size + (session.rank < held_out.count % session.world_size)
+    session.samples(lines[: min(own, session.pipeline.telemetry.samples)])
+    texts = text_rows(open_run(session.root, "data").path, held_out=True)
+    return averages(session, lines, own) | {"lm_loss": sft.evaluate(session, roles.actor, texts, held_out.pad_id)}
+
+
+def answer(session, hybrid, roles: Roles, held_out: PromptFeed, sampling: KitSampling, tokenizer,
+           phase: str) -> list[dict]:
+    """This rank's answers to the held-out prompts, as sample lines; the last may only fill up the ranks."""
+    prompts = held_out.at(0)
     batch = hybrid.generate(prompts.request, sampling)
     scored = score_responses(roles, batch.input_ids, batch.attention_mask, batch.response_mask.shape[1],
                              sampling.temperature, session.pipeline.rollout.micro_batch_size,
                              reused(session.pipeline, batch))
-    lines = sample_lines(prompts, batch, scored, tokenizer, phase,
-                         0 if phase == "before" else session.pipeline.ppo.max_steps)
+    return sample_lines(prompts, batch, scored, tokenizer, phase, 0 if phase == "before" else session.total)
+
+
+def averages(session, lines: list[dict], own: int | None = None) -> dict:
+    """Means over the first `own` answers of each rank; gold and its parts where every source knows them."""
     sources = [name for name, _ in session.pipeline.data.weighted_sources()]  # the same on every rank, unlike `lines`
     parts = sorted(lines[0]["gold_parts"]) if all(gold_of(name) is not None for name in sources) else []
-    own = held_out.count // session.world_size + (session.rank < held_out.count % session.world_size)
-    lines = lines[:own]  # the rest only fills up the ranks
-    session.samples(lines[: telemetry.samples])
     rows = [{name: float(line[name]) for name in ("score", "kl", "tokens", "finished")} for line in lines]
     if parts:
         rows = [row | {"gold": line["gold"], "gold_square": line["gold"] ** 2, **line["gold_parts"]}
                 for row, line in zip(rows, lines, strict=True)]
+    rows = rows[:own]
     names = ["score", "kl", "tokens", "finished"] + (["gold", "gold_square", *parts] if parts else [])
     count, *sums = session.sum(len(rows), *(sum(row[name] for row in rows) for name in names))
     means = {name: value / count for name, value in zip(names, sums, strict=True)} | {"prompts": int(count)}

@@ -1,0 +1,138 @@
+"""Stage 3 without sampling: direct preference optimisation turns the SFT model into its own reward model.
+
+    deepspeed --num_gpus 2 --module dschat_kit.train.dpo --run RUN/dpo
+
+PPO's objective has the optimum pi ~ pi_ref exp(r / beta), so a policy implies the reward r = beta log pi / pi_ref, up
+to what depends on the prompt alone; here that reward is fitted to the preferences. Rafailov et al. 2023 (2305.18290),
+eq. 7. The pairs are those of PPO's prompts, on which neither SFT nor the reward model was trained; the reward model
+only judges the answers before and after, so that the numbers are those of PPO.
+"""
+
+import time
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dschat_kit.config import ConfigError
+from dschat_kit.data.datasets import (
+    SequenceBatch,
+    StepSampler,
+    TokenRows,
+    by_length,
+    chunks,
+    preference_batch,
+    rank_share,
+)
+from dschat_kit.engine.engines import build_engine, freeze, grad_norm, learning_rate, set_learning_rate
+from dschat_kit.engine.hybrid import HybridEngine
+from dschat_kit.engine.zero import sharded_loading
+from dschat_kit.models.loading import check_length, load_causal_lm, model_inputs
+from dschat_kit.models.lora import add_adapters
+from dschat_kit.models.scalar_model import load_scalar_model
+from dschat_kit.rlhf.losses import dpo_loss, sequence_logprobs
+from dschat_kit.rlhf.rollout import Roles
+from dschat_kit.runs import open_run
+from dschat_kit.train.ppo_metrics import summary
+from dschat_kit.train.prompts import PromptFeed, evaluate, sampling_of
+from dschat_kit.train.rank import main
+from dschat_kit.train.session import Session
+from dschat_kit.train.telemetry import peak_memory_mb
+
+
+def train(session: Session) -> dict:
+    """Returns the numbers of result.json."""
+    pipeline, settings = session.pipeline, session.pipeline.dpo
+    data, tokenizer, pad_id = session.prepare_data()
+    rows, held_out, seed = TokenRows(data, "ppo"), TokenRows(data, "eval"), pipeline.seed + settings.seed
+    if not all(rows.table["rejected"]):
+        raise ConfigError("data.sources: got prompts of PPO without a rejected response\n  expected: pairs, for DPO\n"
+                          "  change:   --set data.sources=... of preferences only")
+    roles = build_roles(session, tokenizer)
+    engine, sampling = roles.actor, sampling_of(pipeline, tokenizer, pad_id)
+    hybrid = HybridEngine(engine, micro_batch_size=pipeline.rollout.micro_batch_size)
+    session.follow(hybrid.replica.model)
+    prompts = PromptFeed(held_out, settings.eval_prompts, seed, pad_id, session, unique=True)
+    sampler = StepSampler(rows=len(rows), batch_size=settings.batch_size, seed=seed)
+    steps = sampler.steps(settings.epochs, settings.max_steps)
+    state = session.begin(steps, {"model": engine})
+    if state is None:
+        state = {"before": evaluate(session, hybrid, roles, prompts, sampling, tokenizer, "before"), "tokens": 0,
+                 "seconds": {"training": 0.0}}
+
+    for step in range(session.first_step, steps):
+        clock = time.perf_counter()
+        lr = learning_rate(settings.lr, step, steps, settings.warmup, settings.min_lr, "cosine")
+        set_learning_rate(engine, lr)
+        mine = by_length(rows.take(rank_share(sampler.indices(step), session.rank, session.world_size)))
+        sums = {}
+        for micro in chunks(mine, settings.micro_batch_size):
+            loss, metrics = objective(roles, preference_batch(micro, pad_id).to(session.device), settings.beta,
+                                      pairs=settings.batch_size)
+            session.backward(engine, loss)
+            sums = {name: sums.get(name, 0.0) + value for name, value in metrics.items()}
+        row = dict(zip(sums, session.sum(*sums.values()), strict=True))
+        lengths = [(len(r["prompt_ids"]) + len(r[side]), len(r[side]))
+                   for r in mine for side in ("chosen_ids", "rejected_ids")]
+        tokens, = session.sum(sum(length for length, _ in lengths))
+        seconds = time.perf_counter() - clock
+        row |= {"lr": lr, "grad_norm": grad_norm(engine), "seconds": seconds, "tokens_per_second": tokens / seconds,
+                **session.cost("training", engine, lengths, seconds)}
+        state["tokens"], state["seconds"]["training"] = state["tokens"] + tokens, state["seconds"]["training"] + seconds
+        if (step + 1) % settings.eval_every == 0 or step + 1 == steps:
+            row["eval_accuracy"] = state["accuracy"] = held_out_accuracy(session, roles, held_out, pad_id)
+            session.keep_memory({"evaluation": peak_memory_mb()})
+        session.log(step + 1, row, show=("loss", "accuracy", "eval_accuracy") if "eval_accuracy" in row else ())
+        session.checkpoint(step + 1, state)
+
+    after = evaluate(session, hybrid, roles, prompts, sampling, tokenizer, "after")
+    session.export(engine.module, tokenizer)
+    return summary(state["before"], after, state, steps) | {"accuracy": state["accuracy"]}
+
+
+def build_roles(session: Session, tokenizer) -> Roles:
+    """The actor as a DeepSpeed engine with its optimiser; ref and reward model frozen; no critic."""
+    pipeline, settings = session.pipeline, session.pipeline.dpo
+    sft, reward = open_run(session.root, "sft").model_dir, open_run(session.root, "reward").model_dir
+
+    def causal():
+        with sharded_loading(pipeline, sft):
+            return load_causal_lm(sft, pipeline.model, tokenizer, pipeline.seed)
+
+    actor = causal()
+    check_length(actor.config, pipeline.data.max_prompt_tokens + max(pipeline.data.max_response_tokens,
+                                                                     pipeline.sampling.max_new_tokens))
+    with sharded_loading(pipeline, reward):
+        judge = load_scalar_model(reward, pipeline.model, pipeline.seed, new_head=False)
+    engine = build_engine(add_adapters(actor, pipeline.lora, pipeline.seed), pipeline, lr=settings.lr,
+                          batch_size=settings.batch_size, micro_batch_size=settings.micro_batch_size,
+                          world_size=session.world_size, grad_clip=settings.grad_clip,
+                          weight_decay=settings.weight_decay)
+    return Roles(actor=engine, critic=None, ref=freeze(causal(), pipeline, session.device),
+                 reward=freeze(judge, pipeline, session.device))
+
+
+def objective(roles: Roles, batch: SequenceBatch, beta: float, pairs: float) -> tuple[Tensor, dict]:
+    """(loss, metrics) of a batch of pairs, as parts of means over `pairs`."""
+    def logprobs(model: nn.Module) -> Tensor:
+        logits = model(**model_inputs(model, batch.sequences, batch.attention_mask), use_cache=False).logits
+        return sequence_logprobs(logits, batch.sequences, batch.response_mask)
+
+    with torch.no_grad():
+        reference = logprobs(roles.ref)
+    return dpo_loss(logprobs(roles.actor), reference, beta, pairs)
+
+
+@torch.no_grad()
+def held_out_accuracy(session: Session, roles: Roles, rows: TokenRows, pad_id: int) -> float:
+    """Share of the first dpo.eval_rows held-out pairs whose chosen side has the higher implicit reward."""
+    settings, right = session.pipeline.dpo, 0.0
+    count = min(len(rows), settings.eval_rows) // session.world_size * session.world_size
+    for some in chunks(rank_share(np.arange(count), session.rank, session.world_size), settings.micro_batch_size):
+        batch = preference_batch(rows.take(some), pad_id).to(session.device)
+        right = right + objective(roles, batch, settings.beta, pairs=count)[1]["accuracy"]
+    return session.sum(right)[0]
+
+
+if __name__ == "__main__":
+    main(train)
