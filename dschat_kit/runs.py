@@ -95,6 +95,13 @@ class StageRun:
         return read_json(self.path / "result.json")
 
     @property
+    def untouched(self) -> bool:
+        """Nothing here that a job which begins would write over: none ran, or one failed before its first step."""
+        kept = any(path.exists() for path in (self.metrics_path, self.samples_path, self.checkpoints))
+        state = self.status.get("state", "missing")
+        return state == "missing" or state == "failed" and not kept
+
+    @property
     def state(self) -> str:
         """missing | running | finished | failed | interrupted. Running, but held by no process, is interrupted."""
         state = self.status.get("state", "missing")
@@ -257,8 +264,7 @@ def _decide(run: StageRun, wanted: dict, resume: str, fresh: bool) -> str:
     if fresh:
         return "aside"
     old, state = run.config, run.status.get("state", "missing")
-    kept = any(path.exists() for path in (run.metrics_path, run.samples_path, run.checkpoints))
-    if state == "missing" or state == "failed" and not kept:
+    if run.untouched:
         return "train"
     if old["config_hash"] != wanted["config_hash"]:
         raise RunError(f"{run.path} was made with another configuration\n  changed: "

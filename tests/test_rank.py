@@ -77,6 +77,7 @@ def test_a_launch_never_writes_over_an_earlier_one(run, state, resume, refused):
         (run.path / "status.json").unlink()
     else:
         run.update_status(state=state)
+        run.metrics_path.write_text('{"step": 1}\n')
     if refused:
         with pytest.raises(RunError, match="change:"):
             _claim(run, resume)
@@ -84,6 +85,12 @@ def test_a_launch_never_writes_over_an_earlier_one(run, state, resume, refused):
     else:
         _claim(run, resume)
         assert run.status["state"] == "running" and run.status["pid"] == os.getpid()
+
+
+def test_what_failed_before_its_first_step_may_be_launched_again(run):
+    run.update_status(state="failed")
+    _claim(run, False)
+    assert run.status["state"] == "running"
 
 
 def start(run, *options, program=("-m", "dschat_kit.train.sft")):

@@ -71,7 +71,7 @@ def _run_stage(stage: Callable[[Session], dict], args) -> int:
 def _claim(run: StageRun, resume: bool) -> None:
     """Take over the locked folder. Raises RunError where that would write over what an earlier job left."""
     state = run.status.get("state", "missing")
-    if state == "finished" or (state != "missing" and not resume):
+    if state == "finished" or not (run.untouched or resume):
         go_on = "" if state == "finished" else "--resume to go on, or "
         raise RunError(f"{run.path} is {'interrupted' if state == 'running' else state}\n"
                        f"  change: {go_on}dschat {run.stage} --fresh to begin again")
