@@ -84,6 +84,6 @@ def test_a_second_ctrl_c_does_not_wait():
     job = python(SIGNALS.format(can_save=True, then="watch._asked_at -= 2"))
     assert job.stdout.readline() == "ready\n"
     job.send_signal(signal.SIGINT)
-    assert job.stdout.readline() == "SIGINT\n"
+    assert [job.stdout.readline() for _ in range(2)] == 2 * ["SIGINT\n"]  # after the second, the clock was moved
     job.send_signal(signal.SIGINT)
     assert "at once: SIGINT" in job.communicate(timeout=30)[0]

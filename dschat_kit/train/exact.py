@@ -103,7 +103,7 @@ def run_ppo(session: Session, case: Case, roles: Roles) -> dict:
     hybrid = HybridEngine(roles.actor, micro_batch_size=session.pipeline.rollout.micro_batch_size)
     sampling = KitSampling(max_new_tokens=world.length, temperature=1.0, pad_token_id=0,
                            stop_token_ids=(world.vocab - 1,) if world.eos else ())
-    objective = k3_objective(case.beta) if case.method == "grpo k3" else actor_objective
+    objective = k3_objective(case.beta) if case.method == "grpo k3" else None
     for step in range(settings.max_steps):
         batch, scored, _, updates = iterate(session, roles, hybrid, prompts_of(session, world, step), sampling, step,
                                             settings, Clock(), objective=objective)
