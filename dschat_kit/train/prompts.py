@@ -23,7 +23,7 @@ from dschat_kit.engine.rollout_types import KitBatch, KitRequest, KitSampling
 from dschat_kit.models.scalar_model import response_scores
 from dschat_kit.rlhf.rewards import kl_estimates
 from dschat_kit.rlhf.rollout import Roles, Scored, score_responses
-from dschat_kit.runs import open_run
+from dschat_kit.runs import open_run, read_json
 from dschat_kit.train import sft
 
 __all__ = ["Prompts", "PromptFeed", "TextFeed", "answer", "averages", "evaluate", "reference_gap", "reused",
@@ -138,8 +138,9 @@ def sample_lines(prompts: Prompts, batch: KitBatch, scored: Scored, tokenizer, p
 @torch.no_grad()
 def reference_gap(session, reward, rows: TokenRows, pad_id: int) -> dict[str, float]:
     """Mean distance between the scores that the reward stage kept of its first reference rows and those that PPO reads:
-    0 but for rounding. Nothing where it kept none."""
-    kept = torch.tensor(open_run(session.root, "reward").result.get("reference_scores", []))
+    0 but for rounding. Nothing where it kept none, as where a reward model was put there by hand."""
+    found = open_run(session.root, "reward").path / "result.json"
+    kept = torch.tensor(read_json(found).get("reference_scores", []) if found.exists() else [])
     if not len(kept):
         return {}
     batch = sft_batch(rows.take(range(len(kept))), pad_id).to(session.device)
