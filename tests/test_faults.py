@@ -29,11 +29,11 @@ FAULTS = {  # exit code, state, what status.json says, whether the step that was
     "backward:kill": (247, "failed", "killed by signal 9", False),
     "saving:kill": (247, "failed", "killed by signal 9", False),
     "backward:nan": (2, "failed", "not finite at step", False),
-    "backward:hang": (1, "failed", "no progress for 15 s", False),
+    "backward:hang": (1, "failed", "no progress for 30 s", False),
     "generation:term": (130, "interrupted", "asked to end, saved after step", True),
 }
 STEPS = len(FAULTS) + 3
-SETS = [f"ppo.max_steps={STEPS}", "checkpoint.every_steps=1", "checkpoint.keep=3", "telemetry.hang_minutes=0.25"]
+SETS = [f"ppo.max_steps={STEPS}", "checkpoint.every_steps=1", "checkpoint.keep=3", "telemetry.hang_minutes=0.5"]
 
 
 def reward_model(path: Path) -> None:

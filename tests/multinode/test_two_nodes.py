@@ -149,7 +149,7 @@ def test_a_lost_link_ends_both_with_a_named_error(chain, nodes, place):
     root = place / "lost"
     shutil.copytree(chain / "data", root / "data")
     jobs = launch("no_ssh", "sft", nodes, place, root, ["sft.max_steps=5000", "sft.epochs=2000",
-                                                        "telemetry.hang_minutes=0.2"])
+                                                        "telemetry.hang_minutes=0.4"])
     while not (root / "sft" / "metrics.jsonl").exists() or len(metrics(root, "sft")) < 3:
         assert jobs[0].poll() is None and jobs[1].poll() is None, [job.communicate() for job in jobs]
         time.sleep(0.05)
@@ -159,9 +159,9 @@ def test_a_lost_link_ends_both_with_a_named_error(chain, nodes, place):
         ends = [job.communicate(timeout=120) for job in jobs]
     finally:
         ip(f"-n {nodes[0]} link set eth0 up")
-    assert time.monotonic() - begun < 60
+    assert time.monotonic() - begun < 90
     for rank, (job, (out, err)) in enumerate(zip(jobs, ends, strict=True)):
-        assert job.returncode == 1 and f"rank {rank}: no progress for 12 s" in err + out, out + err
+        assert job.returncode == 1 and f"rank {rank}: no progress for 24 s" in err + out, out + err
         assert "link to another machine is lost" in err and "Traceback" not in err
         assert "most recent call first" in (root / "sft" / "logs" / f"rank{rank}.log").read_text()
     assert open_run(root, "sft").status["state"] == "failed" and processes(root) == {}
