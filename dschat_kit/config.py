@@ -242,7 +242,7 @@ class Pipeline(Section):
     def check_ranks(self, stage: str, ranks: int) -> None:
         """Raises ConfigError when a global batch of the stage does not divide into micro batches on so many ranks."""
         settings = getattr(self, stage, None)
-        if stage == "ppo" and ranks % self.rollout.inference_tp_size:
+        if stage in ("dpo", "ppo") and ranks % self.rollout.inference_tp_size:
             raise error("rollout.inference_tp_size", repr(self.rollout.inference_tp_size),
                         f"a divisor of {ranks} ranks", "--set rollout.inference_tp_size=1")
         if stage == "ppo" and self.ppo.rollout_batch_size // self.ppo.samples_per_prompt % ranks:

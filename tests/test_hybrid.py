@@ -1,9 +1,10 @@
 """The hybrid engine: what it generates, what it leaves untouched, and what it says when something is wrong."""
 
 import copy
+import inspect
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from test_decode import SAMPLING, request, responses, run
 from test_ranks import environment
 from tiny_models import causal_lm
 
-from dschat_kit.config import Lora
+from dschat_kit.config import Lora, Rollout
 from dschat_kit.engine import attention, hybrid
 from dschat_kit.engine.hybrid import HybridEngine
 from dschat_kit.models.lora import add_adapters, merge_adapters
@@ -155,6 +156,12 @@ def test_a_model_without_finite_logits_or_without_a_cache_is_named():
         engine.generate(request(lengths=(6, 3)), SAMPLING)
     with pytest.raises(RunError, match="has no cache"):
         engine_of(torch.nn.Linear(2, 2))
+
+
+def test_every_rollout_setting_reaches_the_engine():
+    """PPO and DPO hand the section over as it is (train/roles.py)."""
+    taken = set(inspect.signature(HybridEngine).parameters) - {"engine"}
+    assert taken == {field.name for field in fields(Rollout)} - {"reuse_logprobs"}
 
 
 def test_all_rows_may_end_at_their_first_token():

@@ -67,7 +67,7 @@ class KVSlots:
         """The step that follows writes the token of the i-th active row at column positions[i]. With `used` it
         computes every slot instead, active or not, and reads that many columns of each: nothing then depends on a
         value, only on sizes, and the step can be captured."""
-        self._filled, self._bias, self._places, start = None, {}, {}, 0
+        self._filled, self._bias, start = None, {}, 0
         if used:
             self._spans = [(0, 0, positions, 0, used - 1)]
             self._slots = torch.arange(self.slots, device=positions.device)
@@ -103,11 +103,8 @@ class KVSlots:
             values[slots, :, :width] = value.repeat_interleave(copies, 0)
             return _prompt_attention(query, key, value, scaling, window)
         (n, H, _, D), K = query.shape, key.shape[1]
-        if K not in self._places:
-            heads = torch.arange(K, device=key.device)
-            self._places[K] = ((self._slots[:, None] * K + heads) * self.length + self._positions[:, None]).flatten()
-        for memory, new in ((keys, key), (values, value)):  # index_copy_ takes a fifth of the time of memory[...] = new
-            memory.view(-1, D).index_copy_(0, self._places[K], new.reshape(-1, D))
+        keys[self._slots, :, self._positions] = key[:, :, 0]
+        values[self._slots, :, self._positions] = value[:, :, 0]
         query = query.reshape(n, K, H // K, D)  # heads that share keys are queries of one head
         output = torch.empty(n, 1, H, D, dtype=value.dtype, device=value.device)
         for start, slot, span, shortest, longest in self._spans:

@@ -25,17 +25,14 @@ from dschat_kit.data.datasets import (
     rank_share,
 )
 from dschat_kit.engine.engines import build_engine, freeze, grad_norm, learning_rate, set_learning_rate
-from dschat_kit.engine.hybrid import HybridEngine
-from dschat_kit.engine.zero import sharded_loading
-from dschat_kit.models.loading import check_length, load_causal_lm, model_inputs
+from dschat_kit.models.loading import check_length, model_inputs
 from dschat_kit.models.lora import add_adapters
-from dschat_kit.models.scalar_model import load_scalar_model
 from dschat_kit.rlhf.losses import dpo_loss, sequence_logprobs
 from dschat_kit.rlhf.rollout import Roles
-from dschat_kit.runs import open_run
 from dschat_kit.train.ppo_metrics import summary
 from dschat_kit.train.prompts import PromptFeed, evaluate, sampling_of
 from dschat_kit.train.rank import main
+from dschat_kit.train.roles import load_policy, load_reward, rollout_engine
 from dschat_kit.train.session import Session
 from dschat_kit.train.telemetry import peak_memory_mb
 
@@ -50,8 +47,7 @@ def train(session: Session) -> dict:
                           "  change:   --set data.sources=... of preferences only")
     roles = build_roles(session, tokenizer)
     engine, sampling = roles.actor, sampling_of(pipeline, tokenizer, pad_id)
-    hybrid = HybridEngine(engine, micro_batch_size=pipeline.rollout.micro_batch_size)
-    session.follow(hybrid.replica.model)
+    hybrid = rollout_engine(session, engine)
     prompts = PromptFeed(held_out, settings.eval_prompts, seed, pad_id, session, unique=True)
     sampler = StepSampler(rows=len(rows), batch_size=settings.batch_size, seed=seed)
     steps = sampler.steps(settings.epochs, settings.max_steps)
@@ -93,23 +89,15 @@ def train(session: Session) -> dict:
 def build_roles(session: Session, tokenizer) -> Roles:
     """The actor as a DeepSpeed engine with its optimiser; ref and reward model frozen; no critic."""
     pipeline, settings = session.pipeline, session.pipeline.dpo
-    sft, reward = open_run(session.root, "sft").model_dir, open_run(session.root, "reward").model_dir
-
-    def causal():
-        with sharded_loading(pipeline, sft):
-            return load_causal_lm(sft, pipeline.model, tokenizer, pipeline.seed)
-
-    actor = causal()
+    actor = load_policy(session, tokenizer)
     check_length(actor.config, pipeline.data.max_prompt_tokens + max(pipeline.data.max_response_tokens,
                                                                      pipeline.sampling.max_new_tokens))
-    with sharded_loading(pipeline, reward):
-        judge = load_scalar_model(reward, pipeline.model, pipeline.seed, new_head=False)
     engine = build_engine(add_adapters(actor, pipeline.lora, pipeline.seed), pipeline, lr=settings.lr,
                           batch_size=settings.batch_size, micro_batch_size=settings.micro_batch_size,
                           world_size=session.world_size, grad_clip=settings.grad_clip,
                           weight_decay=settings.weight_decay)
-    return Roles(actor=engine, critic=None, ref=freeze(causal(), pipeline, session.device),
-                 reward=freeze(judge, pipeline, session.device))
+    return Roles(actor=engine, critic=None, ref=freeze(load_policy(session, tokenizer), pipeline, session.device),
+                 reward=freeze(load_reward(session), pipeline, session.device))
 
 
 def objective(roles: Roles, batch: SequenceBatch, beta: float, pairs: float) -> tuple[Tensor, dict]:

@@ -22,10 +22,9 @@ from dschat_kit.engine.engines import build_engine, freeze, grad_norm, learning_
 from dschat_kit.engine.hybrid import HybridEngine
 from dschat_kit.engine.rollout_types import KitBatch, KitRequest, KitSampling
 from dschat_kit.engine.shared import Role, SharedModel
-from dschat_kit.engine.zero import sharded_loading
-from dschat_kit.models.loading import check_length, load_causal_lm, model_inputs
+from dschat_kit.models.loading import check_length, model_inputs
 from dschat_kit.models.lora import add_adapters
-from dschat_kit.models.scalar_model import load_scalar_model, response_values
+from dschat_kit.models.scalar_model import response_values
 from dschat_kit.rlhf.experience import Experience
 from dschat_kit.rlhf.logprobs import response_logprobs
 from dschat_kit.rlhf.losses import policy_loss, sft_loss, value_loss
@@ -44,6 +43,7 @@ from dschat_kit.train.prompts import (
     text_rows,
 )
 from dschat_kit.train.rank import main
+from dschat_kit.train.roles import load_policy, load_reward, rollout_engine
 from dschat_kit.train.session import Session
 
 
@@ -54,12 +54,7 @@ def train(session: Session) -> dict:
     sampling = sampling_of(pipeline, tokenizer, pad_id)
     roles = build_roles(session, tokenizer)
     seed = pipeline.seed + settings.seed
-    hybrid = HybridEngine(roles.actor, micro_batch_size=pipeline.rollout.micro_batch_size,
-                          release_inference_cache=pipeline.rollout.release_inference_cache,
-                          max_out_tokens=pipeline.rollout.max_out_tokens,
-                          cuda_graphs=pipeline.rollout.cuda_graphs,
-                          inference_tp_size=pipeline.rollout.inference_tp_size)
-    session.follow(hybrid.replica.model)
+    hybrid = rollout_engine(session, roles.actor)
     held_out = PromptFeed(TokenRows(data, "eval"), settings.eval_prompts, seed, pad_id, session, unique=True)
     feed = PromptFeed(TokenRows(data, "ppo"), settings.rollout_batch_size, seed, pad_id, session,
                       samples=settings.samples_per_prompt)
@@ -136,26 +131,17 @@ def build_roles(session: Session, tokenizer) -> Roles:
     """actor and critic as DeepSpeed engines with their optimisers, ref and reward frozen; or all four on one base.
     Only gae needs a critic."""
     pipeline, settings = session.pipeline, session.pipeline.ppo
-    sft, reward = open_run(session.root, "sft").model_dir, open_run(session.root, "reward").model_dir
-
-    def causal():
-        with sharded_loading(pipeline, sft):
-            return load_causal_lm(sft, pipeline.model, tokenizer, pipeline.seed)
-
-    def scalar():
-        with sharded_loading(pipeline, reward):
-            return load_scalar_model(reward, pipeline.model, pipeline.seed, new_head=False)
-
-    actor = causal()
+    actor = load_policy(session, tokenizer)
     check_length(actor.config, pipeline.data.max_prompt_tokens + pipeline.sampling.max_new_tokens)
     if pipeline.lora.share_base:
-        shared = SharedModel(actor, reward, pipeline)
+        shared = SharedModel(actor, open_run(session.root, "reward").model_dir, pipeline)
         engine = trained(session, shared, settings.lr_actor, groups=[shared.trained("actor"), shared.trained("critic")])
         return Roles(**{role: Role(engine, role) for role in ("actor", "critic", "ref", "reward")})
-    critic = add_adapters(scalar(), pipeline.lora, pipeline.seed) if settings.advantage == "gae" else None
+    critic = add_adapters(load_reward(session), pipeline.lora, pipeline.seed) if settings.advantage == "gae" else None
     return Roles(actor=trained(session, add_adapters(actor, pipeline.lora, pipeline.seed), settings.lr_actor),
                  critic=trained(session, critic, settings.lr_critic) if critic is not None else None,
-                 ref=freeze(causal(), pipeline, session.device), reward=freeze(scalar(), pipeline, session.device))
+                 ref=freeze(load_policy(session, tokenizer), pipeline, session.device),
+                 reward=freeze(load_reward(session), pipeline, session.device))
 
 
 def trained(session: Session, model: nn.Module, lr: float, **more):

@@ -1,0 +1,38 @@
+"""The models that stage 3 begins with, and the engine that its policy answers with: what PPO and DPO share."""
+
+import dataclasses
+
+from deepspeed import DeepSpeedEngine
+from transformers import PreTrainedModel
+
+from dschat_kit.engine.hybrid import HybridEngine
+from dschat_kit.engine.zero import sharded_loading
+from dschat_kit.models.loading import load_causal_lm
+from dschat_kit.models.scalar_model import ScalarModel, load_scalar_model
+from dschat_kit.runs import open_run
+from dschat_kit.train.session import Session
+
+__all__ = ["load_policy", "load_reward", "rollout_engine"]
+
+
+def load_policy(session: Session, tokenizer) -> PreTrainedModel:
+    """The model that SFT exported; at ZeRO-3 sharded while it loads."""
+    pipeline, folder = session.pipeline, open_run(session.root, "sft").model_dir
+    with sharded_loading(pipeline, folder):
+        return load_causal_lm(folder, pipeline.model, tokenizer, pipeline.seed)
+
+
+def load_reward(session: Session) -> ScalarModel:
+    """The model that the reward stage exported; at ZeRO-3 sharded while it loads."""
+    pipeline, folder = session.pipeline, open_run(session.root, "reward").model_dir
+    with sharded_loading(pipeline, folder):
+        return load_scalar_model(folder, pipeline.model, pipeline.seed, new_head=False)
+
+
+def rollout_engine(session: Session, actor: DeepSpeedEngine) -> HybridEngine:
+    """The hybrid engine of the configuration's `rollout`; the watchdog sees its steps."""
+    settings = dataclasses.asdict(session.pipeline.rollout)
+    del settings["reuse_logprobs"]  # the loop's
+    hybrid = HybridEngine(actor, **settings)
+    session.follow(hybrid.replica.model)
+    return hybrid
