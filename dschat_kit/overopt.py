@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from dschat_kit.runs import RunError, StageRun, open_run, read_json, write_json
+from dschat_kit.runs import RunError, StageRun, link_stages, open_run, read_json, write_json
 
 __all__ = ["Case", "cases", "make", "plan_best_of_n"]
 
@@ -64,11 +64,11 @@ def make(root: Path) -> None:
         stage("data", sft(seed), f"seed={seed}")
 
     def base(seed: int, width: int) -> None:
-        stage("sft", linked(sft(seed, width), sft(seed), "data"), *SIZES[width])
+        stage("sft", link_stages(sft(seed, width), sft(seed), "data"), *SIZES[width])
 
     def reward(case: Case) -> None:
         other = [f"reward.model={sft(case.seed, case.width) / 'sft' / 'model'}"] * (case.width != policy)
-        stage("reward", linked(case.folder(root), sft(case.seed), "data", "sft"), *other,
+        stage("reward", link_stages(case.folder(root), sft(case.seed), "data", "sft"), *other,
               f"reward.batch_size={REWARD_BATCH}", f"reward.max_steps={case.pairs // REWARD_BATCH}")
 
     def ppo(case: Case) -> None:
@@ -88,15 +88,6 @@ def make(root: Path) -> None:
             list(pool.map(lambda item: work(*item), items))  # noqa: B023  used before the next turn
 
 
-def linked(folder: Path, other: Path, *stages: str) -> Path:
-    """A run folder that shares finished stages with another one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in stages:
-        if folder != other and not (folder / name).exists():
-            (folder / name).symlink_to((other / name).absolute())
-    return folder
-
-
 def stage(name: str, folder: Path, *settings: str) -> None:
     """One stage on one rank, gone on with or left as it is where it was begun or finished before."""
     _run([name, "--run-root", str(folder), "--num-gpus", "1", "--resume", "auto",
@@ -107,7 +98,7 @@ def plan_best_of_n(folder: Path, policy: Path, prompts: int, answers: int, model
     """Prepare to sample `answers` to each of the held-out `prompts` with the SFT model of the run folder `policy`, and
     to score them with the reward models of the run folders `models`. Returns the stage that holds them, finished where
     they were sampled before. Raises RunError where others are there."""
-    run = open_run(linked(folder, policy, "data", "sft"), "ppo")
+    run = open_run(link_stages(folder, policy, "data", "sft"), "ppo")
     plan = {"prompts": prompts, "answers": answers,
             "models": {name: str((other / "reward" / "model").absolute()) for name, other in models.items()},
             "hashes": [open_run(other, "reward").config["config_hash"] for other in models.values()]}

@@ -2,8 +2,7 @@
 
     ROOT/<stage>/config.json  status.json  metrics.jsonl  samples.jsonl  result.json  logs/  checkpoints/  model/
 
-Readers never see half a file (temporary name, then rename). Who uses a stage is told by flock, not by
-a file's existence, so a crash leaves nothing to clean up.
+Readers never see half a file. Who uses a stage is told by flock, so a crash leaves nothing to clean up.
 """
 
 import fcntl
@@ -97,9 +96,8 @@ class StageRun:
     @property
     def untouched(self) -> bool:
         """Nothing here that a job which begins would write over: none ran, or one failed before its first step."""
-        kept = any(path.exists() for path in (self.metrics_path, self.samples_path, self.checkpoints))
-        state = self.status.get("state", "missing")
-        return state == "missing" or state == "failed" and not kept
+        left = any(path.exists() for path in (self.metrics_path, self.samples_path, self.checkpoints))
+        return self.status.get("state", "missing") in (("missing",) if left else ("missing", "failed"))
 
     @property
     def state(self) -> str:
@@ -194,6 +192,15 @@ def prepare_stage(root: Path, stage: str, pipeline: Pipeline, *, preset: str = "
     return run, action
 
 
+def link_stages(root: Path, other: Path, *stages: str) -> Path:
+    """A run folder that shares stages with another one, by links; what is there already stays. Returns `root`."""
+    root.mkdir(parents=True, exist_ok=True)
+    for stage in () if root == other else stages:
+        if not (root / stage).exists():
+            (root / stage).symlink_to((other / stage).absolute())
+    return root
+
+
 def stage_hash(pipeline: Pipeline, stage: str) -> str:
     """`Pipeline.config_hash` with the content of local source files, so that changed rows are a changed stage."""
     digest = hashlib.sha256(pipeline.config_hash(stage).encode())
@@ -210,8 +217,7 @@ def stage_hash(pipeline: Pipeline, stage: str) -> str:
 
 
 def source_files(path: str) -> list[Path]:
-    """The files of a local source in order: a file, those of a folder, a glob, or the Arrow files of save_to_disk;
-    none for names. Raises ConfigError where there are none."""
+    """The files of a local source in order; none for names. Raises ConfigError where there are none."""
     place, several = Path(path), "*" in path
     if not (_plain(path).endswith(DATA_FILES) or place.is_absolute() or path.startswith(".") or several):
         return []

@@ -19,7 +19,8 @@ from dschat_kit.machine import resolve
 from dschat_kit.notebook.diagnosis import run_checks
 from dschat_kit.notebook.stage import begin
 from dschat_kit.presets import get_preset
-from dschat_kit.runs import RunError, open_run, read_json, write_json
+from dschat_kit.rlhf.overoptimisation import best_of_n_kl
+from dschat_kit.runs import RunError, link_stages, open_run, read_json, write_json
 
 __all__ = ["ARMS", "interval", "read_row", "report", "run_study"]
 
@@ -32,6 +33,8 @@ ARMS = {
     "dpo": ("dpo", [], "DPO on the pairs of PPO's prompts"),
 }
 """Name -> stage, settings, in words. The first has all seeds, the others the first few of them."""
+SHARED = ("data", "sft", "reward")
+"""Stages that all runs have in common."""
 BEST_OF = (1, 2, 4, 8, 16, 32)
 NUMBERS = ("gold_before", "gold_after", "score_before", "score_after", "kl", "lm_loss_before", "lm_loss_after",
            "response_length_after", "eos_rate_after")
@@ -51,7 +54,7 @@ def run_study(root: Path, out: Path, seeds: int = 20, other_seeds: int = 5, sets
 
     def one(arm: str, seed: int) -> dict:
         stage, settings, _ = ARMS[arm]
-        place = beside(root / f"{arm}-{seed}", root / "base")
+        place = link_stages(root / f"{arm}-{seed}", root / "base", *SHARED)
         train(place, stage, pipeline.with_overrides([*settings, f"{stage}.seed={seed}"]))
         row = {"arm": arm, "seed": seed, **read_row(place, stage)}
         say(f"{arm} {seed}: {row['state']}, gold {row.get('gold_after', math.nan):.3f}")
@@ -66,15 +69,6 @@ def run_study(root: Path, out: Path, seeds: int = 20, other_seeds: int = 5, sets
     (out / "ppo.md").write_text(report(rows))
     figure(rows).savefig(out / "ppo.png", dpi=120)
     return rows
-
-
-def beside(place: Path, base: Path) -> Path:
-    """A run folder whose first stages are links to those of `base`."""
-    place.mkdir(parents=True, exist_ok=True)
-    for stage in ("data", "sft", "reward"):
-        if not (place / stage).exists():
-            (place / stage).symlink_to(base / stage)
-    return place
 
 
 def train(place: Path, stage: str, pipeline: Pipeline, ranks: int = 1) -> bool:
@@ -95,7 +89,7 @@ def launch(command: list[str], place: Path) -> None:
 
 def judged(root: Path, pipeline: Pipeline, averaged: list[int], seeds: int) -> list[dict]:
     """Rows of the moving averages of those seeds, and of best-of-n, by one job of one rank."""
-    place, models = beside(root / "judged", root / "base") / "ppo", root / "base" / "sft" / "model"
+    place, models = link_stages(root / "judged", root / "base", *SHARED) / "ppo", root / "base" / "sft" / "model"
     cases = [{"model": str(root / f"gae-{seed}" / "ppo" / "ema"), "seed": seed, "best_of": [1]} for seed in averaged]
     cases += [{"model": str(models), "seed": seed, "best_of": list(BEST_OF)} for seed in range(seeds)]
     done = place / "result.json"
@@ -109,7 +103,7 @@ def judged(root: Path, pipeline: Pipeline, averaged: list[int], seeds: int) -> l
     for case in read_json(done)["cases"]:
         for n, means in case["means"].items():
             arm = "ema" if case["model"] != str(models) else f"best of {n}"
-            kl = means["kl"] if arm == "ema" else math.log(int(n)) - (int(n) - 1) / int(n)
+            kl = means["kl"] if arm == "ema" else best_of_n_kl(int(n))
             rows.append({"arm": arm, "seed": case["seed"], "state": "finished", "sick": [], "kl": kl,
                          "gold_after": means.get("gold", math.nan), "score_after": means["score"],
                          "lm_loss_after": case["lm_loss"], "response_length_after": means["tokens"],

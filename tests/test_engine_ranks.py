@@ -17,7 +17,8 @@ from tiny_models import FAMILIES, SHAPES, folder
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from dschat_kit.metrics import read_metrics
-from dschat_kit.study import beside
+from dschat_kit.runs import link_stages
+from dschat_kit.study import SHARED
 
 pytestmark = pytest.mark.ranks
 CHAIN = ("sft", "reward", "ppo")
@@ -92,7 +93,7 @@ def alone(tmp_path_factory) -> Path:
 
 def judged(root: Path) -> list[dict]:
     """DPO's model once more, and the best of several answers of the SFT model."""
-    place, model = beside(root / "judged", root / "zero0") / "ppo", str(root / "zero0" / "{}" / "model")
+    place, model = link_stages(root / "judged", root / "zero0", *SHARED) / "ppo", str(root / "zero0" / "{}" / "model")
     place.mkdir()
     cases = [{"model": model.format("dpo"), "seed": 0, "best_of": [1]},
              {"model": model.format("sft"), "seed": 1, "best_of": [1, 2, 4]}]

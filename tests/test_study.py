@@ -7,7 +7,7 @@ import pytest
 from fake_run import make_run, write_lines
 
 from dschat_kit import study
-from dschat_kit.runs import open_run
+from dschat_kit.runs import link_stages, open_run
 from dschat_kit.train.judge import best_answers
 
 
@@ -36,7 +36,7 @@ def test_a_run_fails_by_not_ending_by_being_sick_and_by_losing_gold(tmp_path):
 def test_runs_stand_on_links_to_one_base(tmp_path):
     make_run(tmp_path / "base")
     for _ in range(2):  # a resumed study finds them there
-        place = study.beside(tmp_path / "gae-3", tmp_path / "base")
+        place = link_stages(tmp_path / "gae-3", tmp_path / "base", *study.SHARED)
     assert open_run(place, "reward").state == "finished" and not (place / "ppo").exists()
 
 

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from dschat_kit.data.datasets import TokenRows
 from dschat_kit.data.sources import gold_of
-from dschat_kit.engine.hybrid import HybridEngine
-from dschat_kit.models.loading import load_causal_lm
 from dschat_kit.models.scalar_model import load_scalar_model, response_scores
-from dschat_kit.runs import RunError, open_run, read_json
+from dschat_kit.runs import RunError, read_json
 from dschat_kit.train.ppo import trained
 from dschat_kit.train.prompts import PromptFeed, sampling_of
 from dschat_kit.train.rank import main
+from dschat_kit.train.roles import load_policy, rollout_engine
 from dschat_kit.train.session import Session
 
 __all__ = ["sample"]
@@ -34,9 +33,7 @@ def sample(session: Session) -> dict:
         raise RunError(f"got {session.world_size} ranks\n  expected: 1\n  change: --num_gpus 1")
     plan, pipeline = read_json(session.run.path / "cases.json"), session.pipeline
     data, tokenizer, pad_id = session.prepare_data()
-    policy = load_causal_lm(open_run(session.root, "sft").model_dir, pipeline.model, tokenizer, pipeline.seed)
-    hybrid = HybridEngine(trained(session, policy, 0.0), micro_batch_size=pipeline.rollout.micro_batch_size)
-    session.follow(hybrid.replica.model)
+    hybrid = rollout_engine(session, trained(session, load_policy(session, tokenizer), 0.0))
     models = {name: load_scalar_model(folder, pipeline.model, pipeline.seed, new_head=False).eval()
               for name, folder in plan["models"].items()}
     feed = PromptFeed(TokenRows(data, "eval"), PROMPTS * plan["answers"], pipeline.seed, pad_id, session, unique=True,

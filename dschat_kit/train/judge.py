@@ -12,14 +12,12 @@ from types import SimpleNamespace
 
 from dschat_kit.data.datasets import TokenRows
 from dschat_kit.engine.engines import freeze
-from dschat_kit.engine.hybrid import HybridEngine
-from dschat_kit.models.loading import load_causal_lm
-from dschat_kit.models.scalar_model import load_scalar_model
 from dschat_kit.rlhf.rollout import Roles
-from dschat_kit.runs import open_run, read_json
+from dschat_kit.runs import read_json
 from dschat_kit.train import sft
 from dschat_kit.train.prompts import PromptFeed, answer, averages, sampling_of, text_rows
 from dschat_kit.train.rank import main
+from dschat_kit.train.roles import load_policy, load_reward, rollout_engine
 from dschat_kit.train.session import Session
 
 __all__ = ["best_answers", "judge"]
@@ -32,17 +30,12 @@ def judge(session: Session) -> dict:
     rows, texts = TokenRows(data, "eval"), text_rows(data, held_out=True)
     sampling = sampling_of(pipeline, tokenizer, pad_id)
 
-    def causal(folder: Path):
-        return freeze(load_causal_lm(folder, pipeline.model, tokenizer, pipeline.seed), pipeline, session.device)
-
-    ref = causal(open_run(session.root, "sft").model_dir)
-    reward = freeze(load_scalar_model(open_run(session.root, "reward").model_dir, pipeline.model, pipeline.seed,
-                                      new_head=False), pipeline, session.device)
+    ref = freeze(load_policy(session, tokenizer), pipeline, session.device)
+    reward = freeze(load_reward(session), pipeline, session.device)
     session.begin(len(cases), {})
     for step, case in enumerate(cases, 1):
-        actor = causal(Path(case["model"]))
-        hybrid = HybridEngine(SimpleNamespace(module=actor, device=session.device),
-                              micro_batch_size=pipeline.rollout.micro_batch_size)
+        actor = freeze(load_policy(session, tokenizer, Path(case["model"])), pipeline, session.device)
+        hybrid = rollout_engine(session, SimpleNamespace(module=actor, device=session.device))
         held_out = PromptFeed(rows, pipeline.ppo.eval_prompts, case["seed"], pad_id, session, unique=True)
         if (most := max(case["best_of"])) > 1:
             held_out.count = most * len(held_out.keep)

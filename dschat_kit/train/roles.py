@@ -1,6 +1,7 @@
 """The models that stage 3 begins with, and the engine that its policy answers with: what PPO and DPO share."""
 
 import dataclasses
+from pathlib import Path
 
 from deepspeed import DeepSpeedEngine
 from transformers import PreTrainedModel
@@ -15,9 +16,9 @@ from dschat_kit.train.session import Session
 __all__ = ["load_policy", "load_reward", "rollout_engine"]
 
 
-def load_policy(session: Session, tokenizer) -> PreTrainedModel:
-    """The model that SFT exported; at ZeRO-3 sharded while it loads."""
-    pipeline, folder = session.pipeline, open_run(session.root, "sft").model_dir
+def load_policy(session: Session, tokenizer, folder: Path | None = None) -> PreTrainedModel:
+    """The model that SFT exported, or that of another folder; at ZeRO-3 sharded while it loads."""
+    pipeline, folder = session.pipeline, folder or open_run(session.root, "sft").model_dir
     with sharded_loading(pipeline, folder):
         return load_causal_lm(folder, pipeline.model, tokenizer, pipeline.seed)
 
