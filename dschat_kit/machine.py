@@ -97,7 +97,7 @@ def resolve(pipeline: Pipeline) -> Pipeline:
     """
     model, data, zero, reward = pipeline.model, pipeline.data, pipeline.zero, pipeline.reward
     dtype = detect().dtype if model.dtype == "auto" else model.dtype
-    sources = ",".join(_source(source) + ("" if weight is None else f":{weight:.12g}")
+    sources = ",".join(_source(source).replace(",", "\\,") + ("" if weight is None else f":{weight:.12g}")
                        for source, weight in data.weighted_sources())
     return dataclasses.replace(pipeline, model=dataclasses.replace(model, dtype=dtype, name=_model(model.name)),
                                data=dataclasses.replace(data, sources=sources, module=_source(data.module)),

@@ -96,3 +96,13 @@ def test_the_checkout_is_this_repository(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "site-packages" / "dschat_kit" / "machine.py"))
     assert checkout() == tmp_path
+
+
+def test_a_comma_in_a_path_survives_being_resolved(tmp_path):
+    (tmp_path / "a, b.jsonl").write_text("")
+    (tmp_path / "c.jsonl").write_text("")
+    escaped = str(tmp_path / "a, b.jsonl").replace(",", "\\,")
+    pipeline = Pipeline().with_overrides([f"data.sources={escaped}:2,{tmp_path / 'c.jsonl'}"])
+    for resolved in (resolve(pipeline), resolve(resolve(pipeline))):
+        assert resolved.data.weighted_sources() == [(str(tmp_path / "a, b.jsonl"), 2.0),
+                                                    (str(tmp_path / "c.jsonl"), None)]
