@@ -159,7 +159,8 @@ def _pairs(form: Format, names: dict[str, str], row: dict) -> list[Pair]:
     for column in names.values():
         if column not in row:
             raise BadRow(f"has no column {column!r}", f"has no column {column!r}\n  got:    "
-                         f"{', '.join(map(str, row)) or 'no columns'}\n  change: --set data.columns=PROMPT,CHOSEN,REJECTED as named here")
+                         f"{', '.join(map(str, row)) or 'no columns'}\n"
+                         "  change: --set data.columns=PROMPT,CHOSEN,REJECTED as named here")
     renamed = {ours: row[theirs] for ours, theirs in names.items()}
     try:
         pairs = list(form.pairs(row if renamed.items() <= row.items() else {**row, **renamed}))
