@@ -159,6 +159,9 @@ class Rollout(Section):
     inference_tp_size: int = bounded(1, least=1)
     """So many consecutive ranks split the weights of every layer while they generate, and answer their prompts
     together: for a model whose whole weights do not fit into one device."""
+    gather: str = bounded("auto", one_of=("auto", "rollout", "step"))
+    """When the weights that ZeRO-3 has sharded are gathered for generation: once a rollout, or layer by layer in every
+    step, which is slow and needs memory for one layer. auto does the first where the whole weights fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +248,8 @@ class Pipeline(Section):
         if stage in ("dpo", "ppo") and ranks % self.rollout.inference_tp_size:
             raise error("rollout.inference_tp_size", repr(self.rollout.inference_tp_size),
                         f"a divisor of {ranks} ranks", "--set rollout.inference_tp_size=1")
+        if self.rollout.inference_tp_size > 1 and self.rollout.gather == "step":
+            raise error("rollout.gather", "step with split weights", "one of the two", "--set rollout.gather=auto")
         if stage == "ppo" and self.ppo.rollout_batch_size // self.ppo.samples_per_prompt % ranks:
             raise error("ppo.samples_per_prompt", repr(self.ppo.samples_per_prompt),
                         f"a multiple of {ranks} prompts a rollout: all answers to one stay on one rank")

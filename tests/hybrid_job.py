@@ -10,6 +10,7 @@ from test_hybrid import with_adapters
 from tiny_models import causal_lm
 
 from dschat_kit.config import Pipeline
+from dschat_kit.engine import hybrid as hybrid_module
 from dschat_kit.engine.engines import build_engine
 from dschat_kit.engine.hybrid import HybridEngine
 from dschat_kit.engine.zero import full_state_dict
@@ -97,6 +98,42 @@ def check_split(stage: int, adapters: bool) -> None:
         print(f"ZeRO {stage} adapters {adapters}: split is whole", flush=True)
 
 
+def check_streamed(architecture: str, adapters: bool) -> None:
+    """Weights gathered in every step give what a whole copy gives, with other numbers of prompts on the ranks; where
+    memory is short on one rank, all do so by themselves."""
+    rank = dist.get_rank()
+    model = with_adapters() if adapters else causal_lm(architecture)
+    pipeline = Pipeline().with_overrides(["zero.stage=3", "model.dtype=fp32"])
+    engine = build_engine(model, pipeline, lr=0.05, batch_size=4, micro_batch_size=2, world_size=2, grad_clip=1.0)
+    asked = request(lengths=(3, 6, 4, 6, 5, 2, 2) if rank else (2, 9), seed=rank)
+    whole = HybridEngine(engine, micro_batch_size=3, gather="rollout").generate(asked, SAMPLING)
+    before, attention = state_of(engine), model.config._attn_implementation
+    short = HybridEngine(engine, micro_batch_size=3)
+    hybrid_module.free_memory = lambda device: short.replica.needed_bytes() - rank
+    for engine_of_steps in (HybridEngine(engine, micro_batch_size=3, gather="step", release_inference_cache=False),
+                            short):
+        for _ in range(2):
+            batch = engine_of_steps.generate(asked, SAMPLING)
+            assert torch.equal(batch.input_ids, whole.input_ids) and torch.equal(batch.finished, whole.finished)
+            assert torch.allclose(batch.logprobs, whole.logprobs, atol=1e-5)
+            assert all(parameter.is_meta for parameter in engine_of_steps.replica.model.parameters())
+        assert engine_of_steps.gather == "step"
+        assert engine_of_steps.path == ("plain" if architecture == "bloom" else "slots"), engine_of_steps.reason
+    assert all(torch.equal(one, two) for one, two in zip(before, state_of(engine), strict=True))
+    assert model.training and model.config._attn_implementation == attention
+    empty = request(lengths=(3,))
+    logits, honest = model.get_output_embeddings(), type(model.get_output_embeddings()).forward
+    logits.forward = lambda hidden: honest(logits, hidden) + (float("nan") if rank else 0)
+    refused(short, empty, "rank 1: the model gives no finite logits")  # and rank 0 is not left waiting
+    del logits.forward
+    logprobs, _ = response_logprobs(engine, batch.input_ids[:2], batch.attention_mask[:2], 2)
+    engine.backward(logprobs.sum() / 10, scale_wrt_gas=False)
+    engine.step()
+    assert any(not torch.equal(one, two) for one, two in zip(before, state_of(engine), strict=True))
+    if rank == 0:
+        print(f"{architecture} adapters {adapters}: streamed is whole", flush=True)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -106,5 +143,9 @@ if __name__ == "__main__":
             check(zero_stage, lora)
     check_split(0, False)
     check_split(3, True)
+    free_memory = hybrid_module.free_memory
+    for architecture, lora in (("opt", False), ("llama", True), ("bloom", False)):
+        check_streamed(architecture, lora)
+        hybrid_module.free_memory = free_memory
     dist.barrier()
     os._exit(0)

@@ -1,8 +1,13 @@
 """The hybrid engine: one model that trains under ZeRO and generates, behind DeepSpeed's RolloutEngine interface.
 
 A rollout gathers the weights once into a replica (engine/replica.py), decodes with memory that the engine owns
-(engine/decode.py), and lets go of both where the configuration asks for it. What DeepSpeed holds is only read.
+(engine/decode.py), and lets go of both where the configuration asks for it. What DeepSpeed holds is only read. Where
+the replica does not fit, weights are gathered in every step (engine/streamed.py).
 """
+
+import os
+from contextlib import nullcontext
+from functools import partial
 
 import deepspeed
 import psutil
@@ -16,10 +21,19 @@ from dschat_kit.engine.graphs import GraphedSlots
 from dschat_kit.engine.parity import TOLERANCE, first_difference
 from dschat_kit.engine.replica import Replica
 from dschat_kit.engine.rollout_types import KitBatch, KitRequest, KitSampling
+from dschat_kit.engine.streamed import Streamed
 from dschat_kit.engine.tensor_parallel import TensorParallel
 from dschat_kit.machine import detect
 from dschat_kit.models.loading import accepts
 from dschat_kit.runs import RunError
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this rank may take; ranks on one host share its memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1  # of torchrun, of DeepSpeed
+    return psutil.virtual_memory().available // int(ranks)
 
 
 class HybridEngine(RolloutEngine):
@@ -28,13 +42,14 @@ class HybridEngine(RolloutEngine):
     `micro_batch_size` responses are decoded at a time. `release_inference_cache` frees replica and KV memory after
     each rollout; without it both stay for the next. `max_out_tokens` bounds prompt and response together (0: the
     model's positions do), as in DeepSpeed. `cuda_graphs` captures decode steps. `inference_tp_size` ranks
-    share the weights of generation and each other's prompts. `path` says how steps are computed, `reason` why.
+    share the weights of generation and each other's prompts. `gather` says when ZeRO-3's weights are gathered: once a
+    "rollout", in every "step", or what fits ("auto"). `path` says how steps are computed, `reason` why.
     """
     name = "dschat_kit"
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, *, micro_batch_size: int,
                  release_inference_cache: bool = True, max_out_tokens: int = 0, cuda_graphs: bool = False,
-                 inference_tp_size: int = 1):
+                 inference_tp_size: int = 1, gather: str = "auto"):
         self.cuda_graphs, self._steps = cuda_graphs, None
         self.engine, self.slots, self.max_out_tokens = engine, micro_batch_size, max_out_tokens
         self.release_inference_cache, self._kv, self._checked = release_inference_cache, None, False
@@ -47,6 +62,9 @@ class HybridEngine(RolloutEngine):
             dtype = torch.float32  # emulated bf16 is several times slower, and no more exact
         self.parallel = TensorParallel(inference_tp_size, module.config) if inference_tp_size > 1 else None
         self.replica, family = Replica(module, dtype, self.parallel), module.config.model_type
+        self._plain_attention = module.config._attn_implementation
+        sharded = any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+        self.streamed, self.gather = Streamed(module, engine.device), gather if sharded else "rollout"
         known = family in FAMILIES
         self.path = "slots" if known else "plain"
         self.reason = f"{family} is known" if known else f"{family} is not one of {', '.join(FAMILIES)}"
@@ -54,12 +72,12 @@ class HybridEngine(RolloutEngine):
     def generate(self, request: KitRequest, sampling: KitSampling) -> KitBatch:
         """Sample responses to this rank's prompts. Every rank has to call it; what is wrong on one is raised on all."""
         self._agree(self._problem(request, sampling))
+        asked = self.parallel.union(request) if self.parallel else request
         try:
-            model = self.replica.fill()
-            asked = self.parallel.union(request) if self.parallel else request
-            if not self._checked and self.path == "slots":
-                self._check(model, asked)
-            batch, problem = self._decode(model, asked, sampling), None
+            with self.streamed if self._streams() else nullcontext(self.replica.fill()) as model:
+                if not self._checked and self.path == "slots":
+                    self._check(model, asked)
+                batch, problem = self._decode(model, asked, sampling), None
             if self.parallel:
                 batch = self.parallel.own(batch, request)
         except RunError as error:  # of the decode loop, on this rank: the others have to hear of it
@@ -74,7 +92,7 @@ class HybridEngine(RolloutEngine):
         rows = request.prompt_ids.shape[0] * sampling.n_samples_per_prompt
         slots = min(rows, max(self.slots, sampling.n_samples_per_prompt))
         if self.path == "plain":
-            model.set_attn_implementation(self.replica.source.config._attn_implementation)
+            model.set_attn_implementation(self._plain_attention)
             return decode(Plain(model, slots), request, sampling)
         model.set_attn_implementation(ATTENTION)
         longest = int(request.prompt_attention_mask.sum(1).max()) + sampling.max_new_tokens
@@ -82,7 +100,8 @@ class HybridEngine(RolloutEngine):
             self._kv = None
             self._check_memory(slots, longest, request.prompt_ids.device)
             self._kv = KVSlots(slots, longest)
-            self._steps = (GraphedSlots(model, self._kv, request.prompt_ids.device) if self.cuda_graphs else
+            graphs = self.cuda_graphs and model is not self.streamed  # which stops for the other ranks
+            self._steps = (GraphedSlots(model, self._kv, request.prompt_ids.device) if graphs else
                            Slots(model, self._kv))
         self._kv.clear()  # an interrupted rollout may have left rows
         return decode(self._steps, request, sampling)
@@ -92,7 +111,8 @@ class HybridEngine(RolloutEngine):
         if self.parallel:
             self._check_split(model, request)
         try:
-            difference = first_difference(model, request)
+            difference = (self.streamed.difference if model is self.streamed else partial(first_difference, model))(
+                request)
         except RunError:  # no finite logits: the rollout itself says it, with the right row
             return
         except UnknownAttention as error:
@@ -106,7 +126,7 @@ class HybridEngine(RolloutEngine):
     def _check_split(self, model, request: KitRequest) -> None:
         """Weights split over ranks have to give the logits of the module that is trained."""
         ids = request.prompt_ids[:1, request.prompt_attention_mask[0].bool()]
-        model.set_attn_implementation(self.replica.source.config._attn_implementation)
+        model.set_attn_implementation(self._plain_attention)
         split, whole = (found(input_ids=ids).logits[:, -1].float() for found in (model, self.engine.module))
         error = float((split - whole).abs().max() / whole.abs().max())
         if not error <= TOLERANCE[whole.dtype if self.replica.dtype == torch.float32 else self.replica.dtype]:
@@ -130,10 +150,23 @@ class HybridEngine(RolloutEngine):
                             "  change: data.max_prompt_tokens, sampling.max_new_tokens or rollout.max_out_tokens")
         return None
 
+    def _streams(self) -> bool:
+        """Whether weights are gathered in every step, the same on every rank."""
+        if self.gather != "auto" or self.parallel:
+            return self.gather == "step"
+        needed, free = self.replica.needed_bytes(), free_memory(self.engine.device)
+        short = torch.tensor(int(needed > free), device=self.engine.device)
+        dist.all_reduce(short, dist.ReduceOp.MAX)
+        if short:
+            self.gather = "step"
+            print(f"rollout: the whole weights do not fit on every rank (here {needed / 2**30:.1f} GB of "
+                  f"{free / 2**30:.1f} GB free), so they are gathered in every step", flush=True)
+        return bool(short)
+
     def _check_memory(self, slots: int, length: int, device: torch.device) -> None:
         row = length * kv_bytes_per_token(self.replica.model.config, self.replica.dtype)
         row //= self.parallel.size if self.parallel else 1
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        free = free_memory(device)
         if slots * row > free:
             raise RunError(f"keys and values of {slots} rows of {length} tokens take {slots * row / 2**30:.1f} GB\n"
                            f"  expected: at most {free / 2**30:.1f} GB, which {free // row} rows would fit\n"

@@ -57,6 +57,7 @@ class Replica:
             self.model = type(source)(config).eval().requires_grad_(False)
         if parallel:
             parallel.split(self.model)
+        self._bytes = sum(parameter.numel() for parameter in self.model.parameters()) * dtype.itemsize
         config.pad_token_id = None  # some families look for it among the tokens of every step, to warn: a wait on a GPU
         self.model.generation_config = copy.deepcopy(source.generation_config)
         self._places: dict[str, list[str]] = {}  # name in the source -> names in the replica; tied weights have several
@@ -71,6 +72,11 @@ class Replica:
             self._packed = [module for module in self.model.modules() if type(module) is nn.Linear]
             for module in self._packed:
                 module.__class__ = PackedLinear
+
+    def needed_bytes(self) -> int:
+        """Memory that `fill` would take for whole weights: none for those that it still holds."""
+        held = not next(self.model.parameters()).is_meta
+        return 0 if held else self._bytes * (2 if self._packed else 1)
 
     def fill(self) -> nn.Module:
         """Bring every weight up to date: shared where nothing is to be computed, copied elsewhere."""

@@ -22,19 +22,42 @@ LAYER = re.compile(r".*?\.\d+\.|.*?(?=\.base_layer\.|\.lora_|\.[^.]+$)|.*")
 
 @contextmanager
 def sharded_loading(pipeline: Pipeline, source: str | Path):
-    """Inside, transformers' `from_pretrained` shards each layer as it is made and filled where ZeRO-3 is asked for:
-    rank 0 maps the file, no rank ever holds the whole model. Random weights, small and drawn alike under every stage,
-    are sharded afterwards."""
-    if pipeline.zero.stage < 3 or str(source) == "scratch":
+    """Inside, a model is sharded layer by layer as it is made where ZeRO-3 is asked for, so that no rank ever holds the
+    whole of it: transformers' `from_pretrained` fills each layer from the file that rank 0 maps, and random weights
+    (`scratch`) are those of the other stages."""
+    if pipeline.zero.stage < 3:
         yield
         return
     from transformers.integrations import deepspeed as integration
+    if str(source) == "scratch":
+        with (_drawn_in_parts(), integration.prevent_arange_dtype_change(),
+              deepspeed.zero.Init(config_dict_or_path=frozen_config(pipeline))):
+            yield
+        return
     kept = integration.HfDeepSpeedConfig(frozen_config(pipeline))  # transformers sees it through a weak reference
     try:
         yield
     finally:
         integration.unset_hf_deepspeed_config()
         del kept
+
+
+@contextmanager
+def _drawn_in_parts():
+    """Inside, transformers draws the weights of one module at a time while that module is whole. Its own way at ZeRO-3
+    skips torch's first draws, and so has other numbers than without sharding."""
+    from transformers import PreTrainedModel
+    draw = PreTrainedModel._initialize_weights
+
+    def draw_whole(model: nn.Module, module: nn.Module, *custom) -> None:
+        with gathered(*(p for part in (module, *module.children()) for p in part.parameters(recurse=False)), writer=0):
+            draw(model, module, *custom)
+
+    PreTrainedModel._initialize_weights = draw_whole
+    try:
+        yield
+    finally:
+        PreTrainedModel._initialize_weights = draw
 
 
 def gathered(*tensors: Tensor, writer: int | None = None):
