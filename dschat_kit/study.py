@@ -27,6 +27,7 @@ __all__ = ["ARMS", "interval", "read_row", "report", "run_study"]
 ARMS = {
     "gae": ("ppo", ["ppo.ema_decay=0.95"], "PPO as the preset has it"),  # 0.992 is longer than the 96 optimiser steps
     "ptx": ("ppo", ["ppo.ptx_coef=0.5"], "PPO with mixture training"),
+    "ptx 2x": ("ppo", ["ppo.ptx_coef=0.5", "ppo.max_steps=48"], "the same, twice as many steps: about PPO's reward"),
     "rloo": ("ppo", ["ppo.advantage=rloo", "ppo.samples_per_prompt=4"], "RLOO, 4 answers a prompt"),
     "grpo": ("ppo", ["ppo.advantage=grpo", "ppo.samples_per_prompt=4"], "GRPO, 4 answers a prompt, KL in the reward"),
     "reinforce": ("ppo", ["ppo.advantage=reinforce"], "REINFORCE, baseline the batch's mean"),
