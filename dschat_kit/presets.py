@@ -32,7 +32,7 @@ PRESETS: dict[str, Pipeline] = {
         ppo=Ppo(max_steps=24, rollout_batch_size=128, mini_batch_size=32, micro_batch_size=16, missing_eos_score=-1.0,
                 eval_prompts=612),
         # PPO's objective: its kl_coef times 2.4, the deviation by which reward.scale divides the scores
-        dpo=Dpo(max_steps=200, batch_size=16, micro_batch_size=8, lr=4e-4, beta=0.24, eval_every=50, eval_prompts=612),
+        dpo=Dpo(max_steps=200, batch_size=16, micro_batch_size=8, lr=2e-4, beta=0.24, eval_every=50, eval_prompts=612),
         checkpoint=Checkpoint(every_steps=100)),
     # Real human preferences and a small instruction model, cut to what two CPU cores do within 45 minutes.
     "smollm2-hh": Pipeline(
