@@ -236,6 +236,7 @@ def test_two_ranks_reach_it_and_anybody_can_enumerate_the_export(tmp_path):
     done = dschat_verify(*asked, "--export", str(tmp_path / "policy"))
     assert done.returncode == 0, done.stdout + done.stderr
     row = json.loads(done.stdout)
+    assert row["highest_reward"] - 0.01 < row["reached_reward"] <= row["highest_reward"] + 1e-6
     assert row["failed"] == [] and row["ranks"] == 2 and row["zero"] == 2 and row["steps"] == 60
     assert row["reference_reward"] == pytest.approx(-0.10254, abs=1e-5)
     assert row["optimal_value"] == pytest.approx(1.881807 - 0.5 * 1.724266, abs=1e-5)
@@ -266,14 +267,15 @@ def test_a_world_that_is_none_is_refused(options):
 
 
 def test_slopes_and_failures_tell_wrong_numbers():
-    rows = [{"beta": beta, **reached(FIXED, FIXED.best(beta), beta), "gradient_error": 1e-7, "ratio_error": 0.0,
-             "sampler_ratio_error": 0.0, "steps": 100} for beta in (0.1, 0.5, 1.0, 2.0)]
+    rows = [{"beta": beta, **(row := reached(FIXED, FIXED.best(beta), beta)), "gradient_error": 1e-7,
+             "ratio_error": 0.0, "sampler_ratio_error": 0.0, "steps": 100,
+             "highest_reward": FIXED.highest_reward(row["reached_kl"])} for beta in (0.1, 0.5, 1.0, 2.0)]
     assert max(map(abs, verify.slope_errors(rows))) < 1e-9 and not any(verify.failures(row) for row in rows)
     moved = [{**row, **reached(FIXED, FIXED.best(1.2 * row["beta"]), row["beta"])} for row in rows]  # as KL x 1.2 does
     assert min(map(abs, verify.slope_errors(moved))) > 0.1
     assert all(any(text.startswith("beta_hat") for text in verify.failures(row)) for row in moved if row["beta"] >= 0.5)
-    for name, wrong in {"gap_closed": 0.97, "reached_value": 9.0, "beta_hat": 0.6, "gradient_error": 1e-3,
-                        "ratio_error": 1e-3, "sampler_ratio_error": 1e-3}.items():
+    for name, wrong in {"gap_closed": 0.97, "reached_value": 9.0, "reached_reward": 1.9, "beta_hat": 0.6,
+                        "gradient_error": 1e-3, "ratio_error": 1e-3, "sampler_ratio_error": 1e-3}.items():
         assert [text.split()[0] for text in verify.failures({**rows[1], name: wrong})] == [name]
 
 

@@ -67,6 +67,7 @@ def verify(session: Session) -> dict:
         mine = copy.copy(session)
         mine.pipeline = case.pipeline(plan["zero"], session.world_size)
         row, policy = solve(mine, case)
+        row["highest_reward"] = case.world.highest_reward(row["reached_kl"])
         found.append({**asked["world"], "beta": case.beta, "method": case.method, "ranks": session.world_size,
                       "zero": plan["zero"], **row, "frontier": case.world.frontier()})
         session.log(step, row, show=("gap_closed", "beta_hat", "seconds"))
