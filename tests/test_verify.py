@@ -151,6 +151,22 @@ def test_a_trained_role_checkpoints_its_activations_where_asked(session, fitted)
     assert len(calls) == 2  # forward, and once more in the backward pass
 
 
+@pytest.mark.parametrize("world", [FIXED, EOS], ids=["fixed", "eos"])
+def test_kl_estimates_of_a_real_model_stand_beside_its_true_kl(fitted, world):
+    """k1 and k3 are unbiased, k2 is not; near the reference k3 varies less than k1."""
+    found = {}
+    for size in (0.01, 0.05):
+        moved = copy.deepcopy(fitted[world])
+        torch.manual_seed(0)
+        for parameter in moved.parameters():
+            parameter.data += size * torch.randn_like(parameter)
+        found[size] = row = exact.kl_figures(moved, fitted[world], world)
+        true = reached(world, exact.answer_logprobs(moved, world), 1.0)["reached_kl"]
+        assert [row["kl_k1"], row["kl_k3"]] == pytest.approx([true] * 2, abs=1e-4)
+    assert found[0.01]["kl_k3_std"] < 0.5 * found[0.01]["kl_k1_std"]
+    assert abs(found[0.05]["kl_k2"] / true - 1) > 0.02
+
+
 @given(st.permutations(range(12)), st.integers(0, 4))
 @settings(deadline=None, max_examples=10)
 def test_order_batch_mates_and_more_padding_change_no_experience(fitted, order, padding):
@@ -178,6 +194,8 @@ def test_order_batch_mates_and_more_padding_change_no_experience(fitted, order, 
 
 def test_ppo_reaches_the_optimum(session):
     row = solve(session, EOS, 0.5, 40)
+    assert [row["kl_k1"], row["kl_k3"]] == pytest.approx([row["reached_kl"]] * 2, abs=1e-3)
+    assert row["kl_k3_std"] > row["kl_k1_std"]  # far from the reference: exp(-d) is seldom, but huge
     row |= {"steps": 100}  # so that beta_hat is judged as well
     assert verify.failures(row) == [], row
 
