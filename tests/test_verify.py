@@ -200,6 +200,29 @@ def test_ppo_reaches_the_optimum(session):
     assert verify.failures(row) == [], row
 
 
+def dropping(session, model, lr):
+    engine = program.trained(session, model, lr)
+    if hasattr(model, "lm_head"):
+        model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, out: torch.dropout(out, 0.3, True))
+    return engine
+
+
+class Hot(exact.HybridEngine):
+    """Samples at another temperature than it was asked to."""
+    def generate(self, request, sampling):
+        return super().generate(request, dataclasses.replace(sampling, temperature=1.1))
+
+
+@pytest.mark.parametrize("name, broken, said", [("trained", dropping, "ratio_error"),
+                                                ("HybridEngine", Hot, "sampler_ratio_error")])
+def test_the_ratio_checks_see_dropout_and_a_sampler_of_its_own_mind(session, monkeypatch, name, broken, said):
+    """Which the gap does not: both checks are clean without the bug."""
+    ratios = ("ratio_error", "sampler_ratio_error")
+    assert not {text.split()[0] for text in verify.failures(solve(session, EOS, 0.5, 2))} & set(ratios)
+    monkeypatch.setattr(exact, name, broken)
+    assert said in {text.split()[0] for text in verify.failures(solve(session, EOS, 0.5, 2))}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world, beta", [(World("bandit", 10, 1), 0.1), (World(vocab=2, length=5, seed=1), 1.0),
                                          (World(vocab=8, length=3, seed=2), 0.5), (World(vocab=3, length=1), 2.0)])
