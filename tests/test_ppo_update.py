@@ -11,6 +11,7 @@ from dschat_kit.config import Ppo
 from dschat_kit.data.datasets import SequenceBatch
 from dschat_kit.models.scalar_model import load_scalar_model, response_values
 from dschat_kit.rlhf.experience import Experience
+from dschat_kit.rlhf.logprobs import response_logprobs
 from dschat_kit.rlhf.losses import sft_loss, value_loss
 from dschat_kit.rlhf.rollout import Roles
 from dschat_kit.train import ppo
@@ -100,3 +101,12 @@ def test_the_critic_learns_the_returns_of_real_tokens(monkeypatch, roles, miniba
     wild = minibatch.returns.masked_fill(~minibatch.response_mask, 1e3)
     _, found, *_ = updated(monkeypatch, roles, dataclasses.replace(minibatch, returns=wild), [], micro_batch_size=size)
     assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+
+
+def test_the_settings_of_the_clip_reach_the_loss(monkeypatch, roles, minibatch):
+    with torch.no_grad():
+        now, _ = response_logprobs(roles.actor, minibatch.sequences, minibatch.attention_mask, A)
+    far = dataclasses.replace(minibatch, logprobs=now - 1.5)  # all ratios are 4.5
+    losses = [updated(monkeypatch, roles, far, [], micro_batch_size=4, **how)[3]["policy_loss"]
+              for how in ({}, {"dual_clip": 3.0}, {"clip_range": 0.1}, {"clip_range_high": 0.5})]
+    assert len(set(losses)) == 4 and losses[1] < losses[0]
