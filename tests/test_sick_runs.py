@@ -30,6 +30,7 @@ CASES = {  # name -> what is made sick in the code, and in the settings, and wha
     "stale": (["stale"], [NEVER, "ppo.max_steps=8", "ppo.lr_actor=0.01", "ppo.kl_coef=0"], {"KL", "sampled tokens"}),
     "stale and believed": (["stale"], ["ppo.max_steps=8", "ppo.lr_actor=0.01", "ppo.kl_coef=0"],
                            {"first ratio", "first approx_kl", "clipping"}),
+    "mute": (["mute"], [], {"stale metrics"}),
     "worthless": (["worthless"], [], {"scores"}),
     "unshifted": (["unshifted"], [], {"reference scores", "first scores"}),
     "backwards": (["backwards"], ["ppo.max_steps=8", "ppo.lr_actor=0.005", "ppo.kl_coef=0"], {"score"}),

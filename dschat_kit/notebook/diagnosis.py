@@ -154,7 +154,7 @@ def run_checks(run_root: Path) -> list[Check]:
         try:
             checks.append(_status(run))
             rows = read_metrics(run.metrics_path)
-            checks += [*_missing_numbers(stage, rows), *_wrong_numbers(run, rows), *_rollout(run)]
+            checks += [*_missing_numbers(run, rows), *_wrong_numbers(run, rows), *_rollout(run)]
         except (RunError, json.JSONDecodeError, UnicodeDecodeError) as error:
             checks.append(Check(stage, f"unreadable file in {run.path}: {error}", "fail",
                                 f"make the stage anew with `dschat {stage} --fresh --run-root '{root}'`"))
@@ -182,8 +182,9 @@ def _status(run: StageRun) -> Check:
     }[state])
 
 
-def _missing_numbers(stage: str, rows: list[dict]) -> Iterator[Check]:
-    """NaN and infinity are written as null; steps have to rise."""
+def _missing_numbers(run: StageRun, rows: list[dict]) -> Iterator[Check]:
+    """NaN and infinity are written as null; steps have to rise, and to reach the end where the stage has."""
+    stage = run.stage
     lost = [(name, row.get("step")) for row in rows for name, value in row.items() if value is None]
     if lost:
         rate = "ppo.lr_actor" if stage == "ppo" else f"{stage}.lr"
@@ -193,6 +194,10 @@ def _missing_numbers(stage: str, rows: list[dict]) -> Iterator[Check]:
     if steps != sorted(steps):
         yield Check(f"{stage} metrics", "steps do not rise in metrics.jsonl", "warn",
                     "two jobs wrote into one folder: make the stage anew with --fresh")
+    elif steps and run.state == "finished" and steps[-1] != run.status.get("step"):
+        yield Check(f"{stage} stale metrics", f"metrics.jsonl ends at step {steps[-1]}, the stage at "
+                    f"{run.status.get('step')}", "fail", "figures and checks speak of an earlier time: was the file "
+                    "edited, or put there from another run? make the stage anew with --fresh")
 
 
 def _pads_with_eos(model: Path) -> bool:
