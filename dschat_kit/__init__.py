@@ -26,7 +26,7 @@ READING_ORDER = (
     "rlhf.overoptimisation",
     "engine.ds_config", "engine.engines", "engine.zero", "engine.ema", "engine.shared", "engine.rollout_types",
     "engine.sampling", "engine.attention", "engine.decode", "engine.graphs", "engine.tensor_parallel", "engine.parity",
-    "engine.replica",
+    "engine.streamed", "engine.replica",
     "engine.hybrid", "engine.checkpoints",
     "train.watch", "train.telemetry", "train.card", "train.session", "train.rank", "train.sft",
     "train.reward_report", "train.reward", "train.prompts", "train.roles", "train.ppo_metrics", "train.ppo",

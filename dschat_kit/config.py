@@ -119,6 +119,8 @@ class Ppo(Section):
     clip_range: float = bounded(0.2, above=0)
     clip_range_high: float = bounded(0.0, least=0)
     """How far the ratio may rise, where that is not as far as it may fall; 0 is clip_range."""
+    dual_clip: float = bounded(0.0, least=0)
+    """A bad token whose ratio has risen counts at most so many times (3 in the paper); 0 is off."""
     whiten_rewards: bool = False  # without a shift of their mean, which would pay for length
     value_clip_range: float = bounded(0.2, above=0)
     score_clip: float = bounded(5.0, least=0)
@@ -139,6 +141,9 @@ class Ppo(Section):
         self.divides("mini_batch_size", "rollout_batch_size")
         self.divides("micro_batch_size", "mini_batch_size")
         self.divides("samples_per_prompt", "rollout_batch_size")
+        if 0 < self.dual_clip <= 1 + (self.clip_range_high or self.clip_range):
+            raise error("ppo.dual_clip", repr(self.dual_clip), "above 1 + the clip range, or 0",
+                        "--set ppo.dual_clip=3")
         if self.advantage in ("rloo", "grpo") and self.samples_per_prompt < 2:
             raise error("ppo.samples_per_prompt", repr(self.samples_per_prompt), f"at least 2 for {self.advantage}")
 

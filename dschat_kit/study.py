@@ -128,12 +128,15 @@ def failed(row: dict) -> bool:
 def interval(values: list[float], level: float = 0.95) -> tuple[float, float]:
     """(mean, half the width of its confidence interval) by Student's t; half is nan for a single value.
 
-    The quantile is Abramowitz & Stegun 26.7.5 (1964), right to 1 % from 4 degrees of freedom on."""
+    The quantile is Abramowitz & Stegun 26.7.5 (1964), right to 1 % from 3 degrees of freedom on; 1 and 2 have closed
+    forms."""
     if len(values) < 2:
         return fmean(values), math.nan
     z, df = NormalDist().inv_cdf(0.5 + level / 2), len(values) - 1
     t = (z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
          + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3))
+    if df < 3:
+        t = math.tan(math.pi * level / 2) if df == 1 else level * math.sqrt(2 / (1 - level**2))
     return fmean(values), t * stdev(values) / math.sqrt(len(values))
 
 

@@ -5,6 +5,7 @@ The gap alone is a weak detector, second order in the error; so beta_hat and the
 the exact gradient and the first ratio are judged as well.
 """
 
+import math
 import os
 import shutil
 import subprocess
@@ -83,6 +84,7 @@ def failures(row: dict) -> list[str]:
     checks = {
         "gap_closed": 0.98 <= row["gap_closed"] <= 1 + 1e-5,
         "reached_value": row["reached_value"] <= row["optimal_value"] + 1e-6,
+        "reached_reward": row["reached_reward"] <= row.get("highest_reward", math.inf) + 1e-6,  # at its own KL
         "beta_hat": not first_order or 0.95 <= row["beta_hat"] / row["beta"] <= 1.06,
         "gradient_error": row.get("gradient_error", 0) < 1e-5,  # that of gae
         "ratio_error": row.get("ratio_error", 0) < 1e-5,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from dschat_kit.engine.hybrid import HybridEngine
 from dschat_kit.engine.replica import Replica
+from dschat_kit.metrics import JsonlWriter
 from dschat_kit.rlhf import rollout
 from dschat_kit.train import ppo, prompts, sft
 
@@ -68,6 +69,31 @@ def growing(patch) -> None:
     patch.setattr(rollout, "response_scores", lambda *args: scores(*args) * 2 ** next(calls))
 
 
+def worthless(patch) -> None:
+    """The reward model says the same of everything."""
+    patch.setattr(rollout, "response_scores", lambda reward, sequences, attention_mask: attention_mask.sum(1) * 0.0)
+
+
+def unshifted(patch) -> None:
+    """The shift to mean 0 is lost on the way from the reward stage."""
+    scores = rollout.response_scores
+    patch.setattr(rollout, "response_scores", lambda *args: scores(*args) + 9)
+    patch.setattr(prompts, "response_scores", lambda *args: scores(*args) + 9)
+
+
+def backwards(patch) -> None:
+    """Advantages have the wrong sign: the policy climbs down."""
+    whiten = rollout.whiten
+    patch.setattr(rollout, "whiten", lambda *args, **how: -whiten(*args, **how))
+
+
+def mute(patch) -> None:
+    """Metrics are no longer written after the second step."""
+    write = JsonlWriter.write
+    patch.setattr(JsonlWriter, "write", lambda self, row: None if row["step"] > 2 and "phase" not in row else
+                  write(self, row))
+
+
 def unwhitened(patch) -> None:
     """Advantages stay as large as they are."""
     patch.setattr(rollout, "whiten", lambda values, mask, moments, shift_mean=True: values * mask)
@@ -86,4 +112,5 @@ def eos_masked(patch) -> None:
 
 SICKNESSES = {"filtered": sampler(top_k=2), "greedy": sampler(temperature=0.0), "hot": sampler(temperature=2.0),
               "stale": stale, "dropout": dropout, "early score": early_score, "long is good": long_is_good,
-              "growing": growing, "unwhitened": unwhitened, "eos masked": eos_masked}
+              "growing": growing, "unwhitened": unwhitened, "eos masked": eos_masked,
+              "worthless": worthless, "unshifted": unshifted, "backwards": backwards, "mute": mute}

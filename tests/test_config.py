@@ -58,6 +58,7 @@ def test_a_field_of_text_takes_text_as_it_is(text):
     ("zero.offload_parameters=true", "zero.stage of at least 3"), ("lora.share_base=true", "lora.rank=16"),
     ("ppo.ema_decay=1", "below 1"), ("model.dtype=fp8", "fp32 | bf16 | fp16"), ("zero.deepspeed=[1]", "no JSON object"),
     ("zero.deepspeed={1}", "no JSON object"), ("ppo.kl_target=-1", "at least 0"),
+    ("ppo.dual_clip=1.1", "above 1 + the clip range"),
     ("ppo.advantage=rloo", "at least 2 for rloo"), ("ppo.samples_per_prompt=3", "a divisor of ppo.rollout_batch_size"),
 ])
 def test_what_cannot_work_is_refused(text, said):

@@ -140,7 +140,8 @@ def test_a_sound_run_gets_no_warning(sound):
 @pytest.mark.parametrize("stage, file, change, name, state", [
     ("sft", "result.json", {"eval_loss_after": 6.5}, "sft loss", "warn"),
     ("sft", "metrics.jsonl", {"loss": None}, "sft numbers", "fail"),
-    ("sft", "metrics.jsonl", {"step": -1, "loss": 2.0}, None, None),
+    ("sft", "metrics.jsonl", {"step": -1, "loss": 2.0}, "sft stale metrics", "fail"),
+    ("ppo", "status.json", {"step": 9, "total": 9}, "ppo stale metrics", "fail"),
     ("reward", "result.json", {"accuracy": 0.52, "accuracy_interval": [0.48, 0.56]}, "reward accuracy", "warn"),
     ("reward", "result.json", {"length_baseline_accuracy": 0.8}, "reward against length", "warn"),
     ("ppo", "result.json", {"score_after": -1.0}, "ppo score", "warn"),
@@ -168,11 +169,13 @@ def test_each_planted_fault_is_found(sound, stage, file, change, name, state):
     ("EOS rate", {"eos_rate": 0.6}, "warn"), ("length", {"response_length": 40.0}, "warn"),
     ("length", {"response_length": 5.0}, "warn"), ("entropy", {"entropy": 0.1, "surprisal": 0.1}, "warn"),
     ("values", {"explained_variance": -0.5}, "warn"), ("advantages", {"advantage_std": 0.0}, "fail"),
-    ("gradients", {"grad_norm_actor": 7.0}, "warn"), ("score scale", {"score_std": 9.0}, "warn"),
+    ("gradients", {"grad_norm_actor": 7.0}, "warn"), ("first ratio", {"first_ratio_max": 1.2}, "fail"),
+    ("first approx_kl", {"first_approx_kl": 0.01}, "fail"), ("score scale", {"score_std": 9.0}, "warn"),
 ])
 def test_what_goes_wrong_on_the_way_is_found(sound, name, late, state):
     rows = [json.dumps({"step": step, **PPO_ROW, **(late if step > 6 else {})}) for step in range(1, 9)]
     (sound / "ppo" / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    edit(sound, "ppo", "status.json", {"step": 8, "total": 8})
     found = {check.name: check for check in diagnosis.run_checks(sound) if check.state != "ok"}
     assert list(found) == [f"ppo {name}"] and found[f"ppo {name}"].state == state and found[f"ppo {name}"].cure
 

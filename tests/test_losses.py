@@ -85,6 +85,17 @@ def test_the_ratio_may_rise_further_than_it_falls():
     assert float(down["clip_fraction"]) == pytest.approx(1 / 3)  # only the one that has fallen below 0.8
 
 
+def test_dual_clip_bounds_what_a_bad_token_can_do():
+    new = torch.tensor([[9.0, 2.0, 0.5, 9.0]]).log().requires_grad_()
+    advantages, mask = torch.tensor([[-1.0, -1.0, -1.0, 1.0]]), torch.ones(1, 4, dtype=torch.bool)
+    loss, metrics = policy_loss(new, torch.zeros(1, 4), advantages, mask, 0.2, 4, dual_clip=3.0)
+    loss.backward()
+    assert float(metrics["policy_loss"]) == pytest.approx((3 + 2 + 0.8 - 1.2) / 4)
+    assert float(metrics["clip_fraction"]) == 0.75 and (new.grad != 0).tolist() == [[False, True, False, False]]
+    plain, metrics = policy_loss(new, torch.zeros(1, 4), advantages, mask, 0.2, 4)
+    assert plain.item() == pytest.approx((9 + 2 + 0.8 - 1.2) / 4) and float(metrics["clip_fraction"]) == 0.5
+
+
 def test_first_minibatch_has_ratio_one_and_the_policy_gradient():
     new = torch.randn(2, 3, requires_grad=True)
     advantages, mask = torch.randn(2, 3), torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()

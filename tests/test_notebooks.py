@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from fake_run import make_run, write_lines
 
 from dschat_kit.notebook.execute import CHAIN
+from dschat_kit.runs import open_run
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -55,6 +57,20 @@ def test_papermill_understands_every_parameter(path):
     assert {p.name for p in found} == ({"preset", "run_root", "set_", "launch", "num_gpus", "resume", "fresh"}
                                        if path.stem in CHAIN else {"run_root", "prompts", "answers"})
     assert all(p.help for p in found)
+
+
+def test_the_panel_of_the_doctor_names_what_is_wrong(tmp_path):
+    """Its cell of notebook 04, run upon a run that is sick."""
+    root = make_run(tmp_path)
+    (root / "ppo" / "config.json").write_text(json.dumps({"pipeline": {"model": {"dtype": "fp32"}}}))
+    write_lines(root / "ppo" / "metrics.jsonl", [{"step": 1, "score_std": 0.0}])
+    sources = ["".join(cell["source"]) for cell in cells(NOTEBOOKS[4], "code")]
+    code, = (source for source in sources if "run_checks(" in source)
+    imports, panel = code.split("\n\n")
+    names = {"run": open_run(root, "ppo")}
+    exec(imports, names)
+    said = eval(panel, names)._repr_html_()
+    assert "all responses have the same score" in said and "look at reward accuracy" in said and "finished" in said
 
 
 DSCHAT = str(ROOT / ".venv" / "bin" / "dschat")

@@ -108,6 +108,24 @@ def test_rewards_are_scores_less_the_kl_penalty(roles, batch):
     assert torch.allclose(experience.rewards.sum(1), expected_scores - 0.3 * kl, atol=1e-4)
 
 
+@pytest.mark.parametrize("global_sum", [alone, lambda moments: 3 * moments + torch.tensor([0.0, 0.0, 40.0])],
+                         ids=["one rank", "others too"])
+def test_rewards_are_whitened_without_a_shift_of_their_mean_over_all_ranks(roles, batch, global_sum):
+    """Divided by the deviation over all ranks about the mean, which stays: a shift would pay for length."""
+    def with_rewards(whiten):
+        return make_experience(batch.input_ids, batch.attention_mask, batch.response_mask, batch.finished,
+                               scored_of(roles, batch), dataclasses.replace(PPO, whiten_rewards=whiten), global_sum)
+
+    plain, white = with_rewards(False), with_rewards(True)
+    real = plain.rewards[batch.response_mask].double()
+    count, total, squares = global_sum(torch.stack([torch.tensor(len(real)).double(), real.sum(),
+                                                    real.square().sum()])).tolist()
+    mean = total / count
+    expected = ((real - mean) / (squares / count - mean ** 2) ** 0.5 + mean).float()
+    assert torch.allclose(white.rewards[batch.response_mask], expected, atol=1e-4)
+    assert not white.rewards[~batch.response_mask].any() and abs(mean) > 0.01
+
+
 def test_advantages_are_whitened_over_all_ranks(roles, batch):
     """Two halves that share their sums must equal the whole."""
     whole = experience_of(roles, batch)

@@ -11,7 +11,8 @@ from dschat_kit.runs import link_stages, open_run
 from dschat_kit.train.judge import best_answers
 
 
-@pytest.mark.parametrize("n, quantile", [(5, 2.776), (10, 2.262), (20, 2.093), (200, 1.972)])
+@pytest.mark.parametrize("n, quantile", [(2, 12.706), (3, 4.303), (4, 3.182), (5, 2.776), (10, 2.262),
+                                         (20, 2.093), (200, 1.972)])
 def test_the_interval_is_students(n, quantile):
     values = [float(i % 7) for i in range(n)]
     mean, half = study.interval(values)

@@ -151,6 +151,22 @@ def test_a_trained_role_checkpoints_its_activations_where_asked(session, fitted)
     assert len(calls) == 2  # forward, and once more in the backward pass
 
 
+@pytest.mark.parametrize("world", [FIXED, EOS], ids=["fixed", "eos"])
+def test_kl_estimates_of_a_real_model_stand_beside_its_true_kl(fitted, world):
+    """k1 and k3 are unbiased, k2 is not; near the reference k3 varies less than k1."""
+    found = {}
+    for size in (0.01, 0.05):
+        moved = copy.deepcopy(fitted[world])
+        torch.manual_seed(0)
+        for parameter in moved.parameters():
+            parameter.data += size * torch.randn_like(parameter)
+        found[size] = row = exact.kl_figures(moved, fitted[world], world)
+        true = reached(world, exact.answer_logprobs(moved, world), 1.0)["reached_kl"]
+        assert [row["kl_k1"], row["kl_k3"]] == pytest.approx([true] * 2, abs=1e-4)
+    assert found[0.01]["kl_k3_std"] < 0.5 * found[0.01]["kl_k1_std"]
+    assert abs(found[0.05]["kl_k2"] / true - 1) > 0.02
+
+
 @given(st.permutations(range(12)), st.integers(0, 4))
 @settings(deadline=None, max_examples=10)
 def test_order_batch_mates_and_more_padding_change_no_experience(fitted, order, padding):
@@ -178,8 +194,33 @@ def test_order_batch_mates_and_more_padding_change_no_experience(fitted, order, 
 
 def test_ppo_reaches_the_optimum(session):
     row = solve(session, EOS, 0.5, 40)
+    assert [row["kl_k1"], row["kl_k3"]] == pytest.approx([row["reached_kl"]] * 2, abs=1e-3)
+    assert row["kl_k3_std"] > row["kl_k1_std"]  # far from the reference: exp(-d) is seldom, but huge
     row |= {"steps": 100}  # so that beta_hat is judged as well
     assert verify.failures(row) == [], row
+
+
+def dropping(session, model, lr):
+    engine = program.trained(session, model, lr)
+    if hasattr(model, "lm_head"):
+        model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, out: torch.dropout(out, 0.3, True))
+    return engine
+
+
+class Hot(exact.HybridEngine):
+    """Samples at another temperature than it was asked to."""
+    def generate(self, request, sampling):
+        return super().generate(request, dataclasses.replace(sampling, temperature=1.1))
+
+
+@pytest.mark.parametrize("name, broken, said", [("trained", dropping, "ratio_error"),
+                                                ("HybridEngine", Hot, "sampler_ratio_error")])
+def test_the_ratio_checks_see_dropout_and_a_sampler_of_its_own_mind(session, monkeypatch, name, broken, said):
+    """Which the gap does not: both checks are clean without the bug."""
+    ratios = ("ratio_error", "sampler_ratio_error")
+    assert not {text.split()[0] for text in verify.failures(solve(session, EOS, 0.5, 2))} & set(ratios)
+    monkeypatch.setattr(exact, name, broken)
+    assert said in {text.split()[0] for text in verify.failures(solve(session, EOS, 0.5, 2))}
 
 
 @pytest.mark.slow
@@ -236,6 +277,7 @@ def test_two_ranks_reach_it_and_anybody_can_enumerate_the_export(tmp_path):
     done = dschat_verify(*asked, "--export", str(tmp_path / "policy"))
     assert done.returncode == 0, done.stdout + done.stderr
     row = json.loads(done.stdout)
+    assert row["highest_reward"] - 0.01 < row["reached_reward"] <= row["highest_reward"] + 1e-6
     assert row["failed"] == [] and row["ranks"] == 2 and row["zero"] == 2 and row["steps"] == 60
     assert row["reference_reward"] == pytest.approx(-0.10254, abs=1e-5)
     assert row["optimal_value"] == pytest.approx(1.881807 - 0.5 * 1.724266, abs=1e-5)
@@ -266,14 +308,15 @@ def test_a_world_that_is_none_is_refused(options):
 
 
 def test_slopes_and_failures_tell_wrong_numbers():
-    rows = [{"beta": beta, **reached(FIXED, FIXED.best(beta), beta), "gradient_error": 1e-7, "ratio_error": 0.0,
-             "sampler_ratio_error": 0.0, "steps": 100} for beta in (0.1, 0.5, 1.0, 2.0)]
+    rows = [{"beta": beta, **(row := reached(FIXED, FIXED.best(beta), beta)), "gradient_error": 1e-7,
+             "ratio_error": 0.0, "sampler_ratio_error": 0.0, "steps": 100,
+             "highest_reward": FIXED.highest_reward(row["reached_kl"])} for beta in (0.1, 0.5, 1.0, 2.0)]
     assert max(map(abs, verify.slope_errors(rows))) < 1e-9 and not any(verify.failures(row) for row in rows)
     moved = [{**row, **reached(FIXED, FIXED.best(1.2 * row["beta"]), row["beta"])} for row in rows]  # as KL x 1.2 does
     assert min(map(abs, verify.slope_errors(moved))) > 0.1
     assert all(any(text.startswith("beta_hat") for text in verify.failures(row)) for row in moved if row["beta"] >= 0.5)
-    for name, wrong in {"gap_closed": 0.97, "reached_value": 9.0, "beta_hat": 0.6, "gradient_error": 1e-3,
-                        "ratio_error": 1e-3, "sampler_ratio_error": 1e-3}.items():
+    for name, wrong in {"gap_closed": 0.97, "reached_value": 9.0, "reached_reward": 1.9, "beta_hat": 0.6,
+                        "gradient_error": 1e-3, "ratio_error": 1e-3, "sampler_ratio_error": 1e-3}.items():
         assert [text.split()[0] for text in verify.failures({**rows[1], name: wrong})] == [name]
 
 

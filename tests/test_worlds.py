@@ -46,6 +46,8 @@ def test_nothing_is_above_the_optimum(world, beta, far):
     noise = torch.randn(world.reference.shape, generator=torch.Generator().manual_seed(world.seed)).double()
     found = reached(world, (world.best(beta) + far * noise).log_softmax(-1), beta)
     assert found["reached_value"] <= found["optimal_value"] + 1e-12 and found["gap_closed"] <= 1 + 1e-9
+    assert found["reached_reward"] <= world.highest_reward(found["reached_kl"]) + 1e-9
+    assert world.highest_reward(found["optimal_kl"]) == pytest.approx(found["optimal_reward"], abs=1e-6)
     start = reached(world, world.reference, beta)
     assert start["gap_closed"] == pytest.approx(0, abs=1e-9) and start["reached_kl"] == pytest.approx(0, abs=1e-9)
     value = (found["reached_value"] - found["reference_reward"]) / (found["optimal_value"] - found["reference_reward"])

@@ -18,7 +18,7 @@ from dschat_kit.runs import RunError, StageRun, open_run, read_json
 QUIET_MINUTES = 15
 """A running stage that wrote nothing for so long has probably stopped working."""
 OTHER_LOGPROBS = ("the log-probabilities of rollout and training differ: check padding and position ids, the "
-                  "temperature, and that dropout is off")
+                  "temperature, and that dropout is off; where only later rollouts differ, they have old weights")
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,13 @@ RULES = {
          "dpo.max_steps or a higher dpo.lr"),
     ),
     "ppo": (  # before its first update the actor is the SFT model: ratio 1, KL 0, whatever the data
-        ("first ratio", "fail", lambda n: abs(n["first"]["first_ratio_max"] - 1) > n["slack"],
-         "ratio {first[first_ratio_max]:.4f} before any update; 1 is right", OTHER_LOGPROBS),
-        ("first approx_kl", "fail", lambda n: abs(n["first"]["first_approx_kl"]) > n["slack"],
-         "approx_kl {first[first_approx_kl]:.2g} before any update; 0 is right", OTHER_LOGPROBS),
+        ("first ratio", "fail", lambda n: abs(n["first"]["first_ratio_max"] - 1) > n["slack"]
+         or n["most"]["first_ratio_max"] - 1 > 10 * n["slack"],  # the largest of all tokens and rollouts
+         "ratio {first[first_ratio_max]:.4f} before the updates of the first rollout, {most[first_ratio_max]:.4f} of "
+         "the worst; 1 is right", OTHER_LOGPROBS),
+        ("first approx_kl", "fail", lambda n: max(abs(n["first"]["first_approx_kl"]), n["most"]["first_approx_kl"])
+         > n["slack"], "approx_kl up to {most[first_approx_kl]:.2g} before the updates of a rollout; 0 is right",
+         OTHER_LOGPROBS),
         ("first KL", "fail", lambda n: abs(n["first"]["kl"]) > 20 * n["slack"],
          "KL {first[kl]:.3f} in the first rollout; 0 is right",
          "actor and ref are not the same model at the start: make ppo anew with --fresh after sft"),
@@ -132,9 +135,9 @@ RULES = {
     ),
 }
 """Stage -> faults in its numbers: (name, state, recognised by, found, cure). The numbers are those of result.json,
-`first`, `last` and `least` of the metrics (the first step; means and minima over the last quarter, which speaks for
-how things stand now), `pipeline`, `pad_is_eos` and `slack`, what rounding may do to a ratio. A rule whose numbers are
-missing is passed over."""
+`first`, `last`, `least` and `most` of the metrics (the first step; means and minima over the last quarter, which speaks
+for how things stand now; maxima over all steps), `pipeline`, `pad_is_eos` and `slack`, what rounding may do to a ratio.
+A rule whose numbers are missing is passed over."""
 
 
 def run_checks(run_root: Path) -> list[Check]:
@@ -151,7 +154,7 @@ def run_checks(run_root: Path) -> list[Check]:
         try:
             checks.append(_status(run))
             rows = read_metrics(run.metrics_path)
-            checks += [*_missing_numbers(stage, rows), *_wrong_numbers(run, rows), *_rollout(run)]
+            checks += [*_missing_numbers(run, rows), *_wrong_numbers(run, rows), *_rollout(run)]
         except (RunError, json.JSONDecodeError, UnicodeDecodeError) as error:
             checks.append(Check(stage, f"unreadable file in {run.path}: {error}", "fail",
                                 f"make the stage anew with `dschat {stage} --fresh --run-root '{root}'`"))
@@ -179,8 +182,9 @@ def _status(run: StageRun) -> Check:
     }[state])
 
 
-def _missing_numbers(stage: str, rows: list[dict]) -> Iterator[Check]:
-    """NaN and infinity are written as null; steps have to rise."""
+def _missing_numbers(run: StageRun, rows: list[dict]) -> Iterator[Check]:
+    """NaN and infinity are written as null; steps have to rise, and to reach the end where the stage has."""
+    stage = run.stage
     lost = [(name, row.get("step")) for row in rows for name, value in row.items() if value is None]
     if lost:
         rate = "ppo.lr_actor" if stage == "ppo" else f"{stage}.lr"
@@ -190,6 +194,10 @@ def _missing_numbers(stage: str, rows: list[dict]) -> Iterator[Check]:
     if steps != sorted(steps):
         yield Check(f"{stage} metrics", "steps do not rise in metrics.jsonl", "warn",
                     "two jobs wrote into one folder: make the stage anew with --fresh")
+    elif steps and run.state == "finished" and steps[-1] != run.status.get("step"):
+        yield Check(f"{stage} stale metrics", f"metrics.jsonl ends at step {steps[-1]}, the stage at "
+                    f"{run.status.get('step')}", "fail", "figures and checks speak of an earlier time: was the file "
+                    "edited, or put there from another run? make the stage anew with --fresh")
 
 
 def _pads_with_eos(model: Path) -> bool:
@@ -210,12 +218,14 @@ def _rollout(run: StageRun) -> Iterator[Check]:
 
 def _wrong_numbers(run: StageRun, rows: list[dict]) -> Iterator[Check]:
     """The RULES that the numbers of a stage break. Raises RunError for a finished stage without its result.json."""
-    numbers = {**(run.result if run.state == "finished" else {}), "first": {}, "last": {}, "least": {}}
+    numbers = {**(run.result if run.state == "finished" else {}), "first": {}, "last": {}, "least": {},
+               "most": {}}
     if rows:
         last = rows[-max(1, len(rows) // 4):]
         for name in rows[0]:
             if values := [row[name] for row in last if isinstance(row.get(name), int | float)]:
                 numbers["last"][name], numbers["least"][name] = math.fsum(values) / len(values), min(values)
+                numbers["most"][name] = max(row[name] for row in rows if isinstance(row.get(name), int | float))
         numbers["first"] = rows[0] if rows[0].get("step") == 1 else {}
         numbers["pipeline"] = run.config["pipeline"]
         numbers["pad_is_eos"] = run.stage == "ppo" and _pads_with_eos(open_run(run.root, "sft").model_dir)

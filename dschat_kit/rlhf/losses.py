@@ -44,18 +44,23 @@ def dpo_loss(logprobs: Tensor, ref_logprobs: Tensor, beta: float, pairs: float |
 
 
 def policy_loss(new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float,
-                tokens: float | Tensor, clip_range_high: float = 0.0) -> tuple[Tensor, dict]:
+                tokens: float | Tensor, clip_range_high: float = 0.0, dual_clip: float = 0.0) -> tuple[Tensor, dict]:
     """The clipped surrogate -min(ratio A, clip(ratio) A) over (B, A). Schulman et al. 2017 (1707.06347), eq. 7.
 
     `clip_range_high` lets the ratio rise further than it may fall (DAPO, Yu et al. 2025, 2503.14476); 0 is clip_range.
+    With `dual_clip` a bad token counts at most so many times, however far its ratio has risen (Ye et al. 2020,
+    1912.09729, eq. 5); 0 is off.
     """
     high = clip_range_high or clip_range
     log_ratio = (new_logprobs - logprobs) * mask
     ratio = log_ratio.exp()
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_range, 1 + high) * advantages
-    loss = -(torch.minimum(unclipped, clipped) * mask).sum() / tokens
+    kept = torch.minimum(unclipped, clipped)
+    if dual_clip:
+        kept = torch.maximum(kept, dual_clip * advantages.clamp(max=0))
+    loss = -(kept * mask).sum() / tokens
     metrics = {"policy_loss": loss, "approx_kl": ((ratio - 1 - log_ratio) * mask).sum() / tokens,
-               "clip_fraction": ((clipped < unclipped) & mask).sum() / tokens, "ratio_max": (ratio * mask).max()}
+               "clip_fraction": ((kept != unclipped) & mask).sum() / tokens, "ratio_max": (ratio * mask).max()}
     return loss, {name: value.detach().float() for name, value in metrics.items()}
 
 

@@ -6,6 +6,7 @@ its token p + 1 times, so that prompts have different lengths. Source: Ziegler e
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -83,6 +84,19 @@ class World:
         """(KL, E[r]) of the optima from beta 20 down to 0.05: no policy has more reward at its KL."""
         points = [reached(self, self.best(float(beta)), float(beta)) for beta in np.geomspace(20, 0.05, 40)]
         return [(point["optimal_kl"], point["optimal_reward"]) for point in points]
+
+    def highest_reward(self, kl: float) -> float:
+        """E[r] of the frontier at this KL, which no policy exceeds: the least of its tangents beta log Z + beta kl, a
+        convex function of beta, found by thirds."""
+        def tangent(log_beta: float) -> float:
+            beta = math.exp(log_beta)
+            return beta * (float((self.reference + self.rewards / beta).logsumexp(-1).mean()) + kl)
+
+        low, high = math.log(1e-2), math.log(1e4)
+        for _ in range(80):
+            third = (high - low) / 3
+            low, high = (low, high - third) if tangent(low + third) < tangent(high - third) else (low + third, high)
+        return tangent((low + high) / 2)
 
     def prompt(self, p: int) -> Tensor:
         """(p + 1,) tokens."""

@@ -28,7 +28,7 @@ from dschat_kit.rlhf.rollout import Roles, make_experience, score_responses
 from dschat_kit.rlhf.worlds import World, WorldReward, best_of_n, kl_gradients, reached
 from dschat_kit.runs import read_json
 from dschat_kit.train.dpo import objective as dpo_objective
-from dschat_kit.train.exact_models import ROWS, answer_logprobs, export, fit_reference, scalar_copy
+from dschat_kit.train.exact_models import ROWS, answer_logprobs, export, fit_reference, kl_figures, scalar_copy
 from dschat_kit.train.ppo import actor_objective, iterate, learning_rates, trained
 from dschat_kit.train.ppo_metrics import Clock
 from dschat_kit.train.rank import main
@@ -67,6 +67,7 @@ def verify(session: Session) -> dict:
         mine = copy.copy(session)
         mine.pipeline = case.pipeline(plan["zero"], session.world_size)
         row, policy = solve(mine, case)
+        row["highest_reward"] = case.world.highest_reward(row["reached_kl"])
         found.append({**asked["world"], "beta": case.beta, "method": case.method, "ranks": session.world_size,
                       "zero": plan["zero"], **row, "frontier": case.world.frontier()})
         session.log(step, row, show=("gap_closed", "beta_hat", "seconds"))
@@ -82,6 +83,7 @@ def solve(session: Session, case: Case) -> tuple[dict, nn.Module | None]:
         return {**reached(world, best_of_n(world, int(case.method.split()[-1])), case.beta), "steps": 0,
                 "seconds": time.time() - started}, None
     fitted = fit_reference(world)
+    reference = copy.deepcopy(fitted)
     if case.method == "gae":
         figures["gradient_error"] = gradient_error(world, case.beta, fitted)
     actor = trained(session, copy.deepcopy(fitted), session.pipeline.ppo.lr_actor)
@@ -93,8 +95,8 @@ def solve(session: Session, case: Case) -> tuple[dict, nn.Module | None]:
     state = full_state_dict(roles.actor.module, session.is_main)
     if session.is_main:
         fitted.load_state_dict(state)
-    return {**reached(world, answer_logprobs(fitted, world), case.beta), **figures, "steps": case.steps,
-            "seconds": time.time() - started}, fitted
+    return {**reached(world, answer_logprobs(fitted, world), case.beta), **kl_figures(fitted, reference, world),
+            **figures, "steps": case.steps, "seconds": time.time() - started}, fitted
 
 
 def run_ppo(session: Session, case: Case, roles: Roles) -> dict:

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from dschat_kit.models.loading import model_inputs
 from dschat_kit.models.scalar_model import ScalarModel
+from dschat_kit.rlhf.logprobs import response_logprobs
+from dschat_kit.rlhf.rewards import kl_estimates
 from dschat_kit.rlhf.worlds import World
 from dschat_kit.runs import RunError, write_json
 
-__all__ = ["ROWS", "answer_logprobs", "export", "fit_reference", "scalar_copy"]
+__all__ = ["ROWS", "answer_logprobs", "export", "fit_reference", "kl_figures", "scalar_copy"]
 
 ROWS = 8192
 """Enumerated answers of one forward pass."""
@@ -76,6 +78,22 @@ def answer_logprobs(model: nn.Module, world: World) -> Tensor:
         logprobs = logits.log_softmax(-1).gather(-1, tokens[:, -A:, None]).squeeze(-1)
         parts.append((logprobs * mask[rows]).sum(-1))
     return torch.cat(parts).view(world.prompts, -1)
+
+
+@torch.no_grad()
+def kl_figures(model: nn.Module, ref: nn.Module, world: World) -> dict[str, float]:
+    """Mean and standard deviation, over all answers, of the loop's KL estimates of one answer; the KL itself is
+    reached_kl."""
+    sequences, attention_mask, mask = world.sequences()
+    sums: dict[str, Tensor] = {}
+    for rows in torch.arange(len(sequences)).split(ROWS):
+        logprobs, others = (response_logprobs(some, sequences[rows], attention_mask[rows], world.length)[0].double()
+                            for some in (model, ref))
+        chances = logprobs.sum(1).exp() / world.prompts
+        for name, values in kl_estimates(logprobs, others, mask[rows]).items():
+            sums[name] = sums.get(name, 0) + torch.stack([(chances * values).sum(), (chances * values.square()).sum()])
+    return {key: value for name, (mean, square) in sums.items() for key, value in
+            ((f"kl_{name}", float(mean)), (f"kl_{name}_std", max(float(square - mean**2), 0.0) ** 0.5))}
 
 
 def scalar_copy(model: nn.Module) -> ScalarModel:

@@ -209,7 +209,7 @@ def actor_objective(actor: nn.Module, micro: Experience, settings: Ppo, temperat
     new_logprobs, _ = response_logprobs(actor, micro.sequences, micro.attention_mask, micro.response_mask.shape[1],
                                         temperature)
     return policy_loss(new_logprobs, micro.logprobs, micro.advantages, micro.response_mask, settings.clip_range, tokens,
-                       settings.clip_range_high)
+                       settings.clip_range_high, settings.dual_clip)
 
 
 if __name__ == "__main__":
