@@ -83,7 +83,7 @@ def test_a_deepspeed_json_travels_as_text_and_changes_the_hash(tmp_path):
     assert json.loads(pipeline.zero.deepspeed) == {"zero_optimization": {"zero_hpz_partition_size": 8}}
     assert Pipeline.from_dict(json.loads(json.dumps(pipeline.to_dict()))) == resolve(pipeline) == pipeline
     assert pipeline.config_hash("sft") != resolve(Pipeline()).config_hash("sft")
-    for text in ("{", "[1, 2]", None):
+    for text in ("{", "[1, 2]", "null", "3", '"words"', None):
         path.unlink(missing_ok=True) if text is None else path.write_text(text)
         with pytest.raises(ConfigError, match="zero.deepspeed"):
             resolve(Pipeline().with_overrides([f"zero.deepspeed={path}"]))
