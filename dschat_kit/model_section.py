@@ -107,6 +107,11 @@ class Zero(Section):
             inside = tree.get(section) if section else tree
             if isinstance(inside, dict) and name in inside and inside[name] != ours.get(key, ...) and dtype != "auto":
                 conflicts.append(f"{key} {json.dumps(inside[name])}, which {setting} decides")
+        for key in ("offload_optimizer", "offload_parameters"):
+            name = key.replace("parameters", "param")
+            device = tree.get("zero_optimization", {}).get(name, {}).get("device")
+            if getattr(self, key) and device == "none":
+                conflicts.append(f'zero_optimization.{name}.device "none", which zero.{key} decides')
         if conflicts:
             raise error("zero.deepspeed", "; ".join(conflicts), 'no such keys, or "auto" as their value',
                         "the file, or those settings")

@@ -47,6 +47,16 @@ def test_a_json_that_contradicts_a_setting_is_refused_by_name(tree, said):
     assert said in str(caught.value) and "expected:" in str(caught.value) and "change:" in str(caught.value)
 
 
+@pytest.mark.parametrize("key, setting", [("offload_optimizer", "offload_optimizer"),
+                                          ("offload_param", "offload_parameters")])
+def test_a_json_that_takes_offloading_back_is_refused_by_name(key, setting):
+    own = {device: json.dumps({"zero_optimization": {key: {"device": device}}}) for device in ("none", "nvme")}
+    with pytest.raises(ConfigError, match=f'{key}.device "none", which zero.{setting} decides'):
+        Pipeline(zero=Zero(stage=3, deepspeed=own["none"], **{setting: True}))
+    Pipeline(zero=Zero(stage=3, deepspeed=own["none"]))
+    Pipeline(zero=Zero(stage=3, deepspeed=own["nvme"], **{setting: True}))  # where, not whether
+
+
 @pytest.mark.parametrize("tree, said", [
     ({"zero_optimization": []}, "zero_optimization []"), ({"bf16": True}, "bf16 true"),
     ({"zero_optimization": {"offload_optimizer": "cpu"}}, 'zero_optimization.offload_optimizer "cpu"')])
