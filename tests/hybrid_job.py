@@ -5,11 +5,13 @@ import os
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from test_decode import SAMPLING, request, responses, run
 from test_hybrid import with_adapters
 from tiny_models import causal_lm
 
 from dschat_kit.config import Pipeline
+from dschat_kit.engine import ds_config
 from dschat_kit.engine import hybrid as hybrid_module
 from dschat_kit.engine.engines import build_engine
 from dschat_kit.engine.hybrid import HybridEngine
@@ -98,16 +100,30 @@ def check_split(stage: int, adapters: bool) -> None:
         print(f"ZeRO {stage} adapters {adapters}: split is whole", flush=True)
 
 
+def follow_gathered(module: torch.nn.Module) -> list[float]:
+    """A list whose last entry becomes the largest share of the weights that was whole, or on its way, at once."""
+    peak, whole = [0.0], sum(parameter.ds_numel for parameter in module.parameters())
+
+    def look(*_):
+        now = sum(p.ds_numel for p in module.parameters() if p.ds_status != ZeroParamStatus.NOT_AVAILABLE)
+        peak[-1] = max(peak[-1], now / whole)
+    for part in module.modules():
+        part.register_forward_pre_hook(look)
+        part.register_forward_hook(look, prepend=True)
+    return peak
+
+
 def check_streamed(architecture: str, adapters: bool) -> None:
     """Weights gathered in every step give what a whole copy gives, with other numbers of prompts on the ranks; where
-    memory is short on one rank, all do so by themselves."""
-    rank = dist.get_rank()
+    memory is short on one rank, all do so by themselves. Neither they nor training ever gather the whole."""
+    rank, ds_config.BUCKET = dist.get_rank(), 2000
     model = with_adapters() if adapters else causal_lm(architecture)
     pipeline = Pipeline().with_overrides(["zero.stage=3", "model.dtype=fp32"])
     engine = build_engine(model, pipeline, lr=0.05, batch_size=4, micro_batch_size=2, world_size=2, grad_clip=1.0)
     asked = request(lengths=(3, 6, 4, 6, 5, 2, 2) if rank else (2, 9), seed=rank)
     whole = HybridEngine(engine, micro_batch_size=3, gather="rollout").generate(asked, SAMPLING)
     before, attention = state_of(engine), model.config._attn_implementation
+    peak = follow_gathered(model)
     short = HybridEngine(engine, micro_batch_size=3)
     hybrid_module.free_memory = lambda device: short.replica.needed_bytes() - rank
     for engine_of_steps in (HybridEngine(engine, micro_batch_size=3, gather="step", release_inference_cache=False),
@@ -126,10 +142,12 @@ def check_streamed(architecture: str, adapters: bool) -> None:
     logits.forward = lambda hidden: honest(logits, hidden) + (float("nan") if rank else 0)
     refused(short, empty, "rank 1: the model gives no finite logits")  # and rank 0 is not left waiting
     del logits.forward
-    logprobs, _ = response_logprobs(engine, batch.input_ids[:2], batch.attention_mask[:2], 2)
-    engine.backward(logprobs.sum() / 10, scale_wrt_gas=False)
-    engine.step()
+    for _ in range(3):  # DeepSpeed looks at two, then gathers ahead
+        logprobs, _ = response_logprobs(engine, batch.input_ids[:2], batch.attention_mask[:2], 2)
+        engine.backward(logprobs.sum() / 10, scale_wrt_gas=False)
+        engine.step()
     assert any(not torch.equal(one, two) for one, two in zip(before, state_of(engine), strict=True))
+    assert 0 < peak[0] < 0.6, (architecture, peak)
     if rank == 0:
         print(f"{architecture} adapters {adapters}: streamed is whole", flush=True)
 
