@@ -255,6 +255,9 @@ class Pipeline(Section):
                         f"a divisor of {ranks} ranks", "--set rollout.inference_tp_size=1")
         if self.rollout.inference_tp_size > 1 and self.rollout.gather == "step":
             raise error("rollout.gather", "step with split weights", "one of the two", "--set rollout.gather=auto")
+        if stage in ("dpo", "ppo") and self.rollout.gather == "step" and self.zero.stage < 3:
+            raise error("rollout.gather", f"step with zero.stage {self.zero.stage}", "zero.stage 3: below it every "
+                        "rank holds the whole weights", "--set rollout.gather=auto")
         if stage == "ppo" and self.ppo.rollout_batch_size // self.ppo.samples_per_prompt % ranks:
             raise error("ppo.samples_per_prompt", repr(self.ppo.samples_per_prompt),
                         f"a multiple of {ranks} prompts a rollout: all answers to one stay on one rank")

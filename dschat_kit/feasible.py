@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 from dschat_kit.config import ConfigError, Pipeline
@@ -11,6 +12,9 @@ from dschat_kit.sections import error
 SCRATCH = tuple(f"model.layers.0.{name}.weight" for name in (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
     "mlp.down_proj"))
+
+NOT_ADAPTED = re.compile(r"(norm\w*|ln_\w+|\w*embed\w*|wte|wpe|lm_head|score)\.weight$")
+"""Weights that are no linear layers, or heads: norms, embeddings, and what may be tied to them."""
 
 
 def refuse(pipeline: Pipeline, machine: Machine) -> None:
@@ -29,10 +33,10 @@ def refuse(pipeline: Pipeline, machine: Machine) -> None:
                     "--set rollout.cuda_graphs=false")
     for target in [] if pipeline.lora.targets == "auto" else pipeline.lora.targets.split(","):
         for name in filter(None, (pipeline.model.name, pipeline.reward.model)) if pipeline.lora.rank else ():
-            known = weight_names(name)
+            known = [weight for weight in weight_names(name) if not NOT_ADAPTED.search(weight)]
             if known and not any(f".{weight}".endswith(f".{target.strip()}.weight") for weight in known):
                 modules = sorted({weight.split(".")[-2] for weight in known if weight.endswith(".weight")})
-                raise error("lora.targets", f"{target!r}, which matches no module of {name}",
+                raise error("lora.targets", f"{target!r}, which matches no module of {name} that takes adapters",
                             f"some of {', '.join(modules)}", "--set lora.targets=auto")
 
 

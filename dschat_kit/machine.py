@@ -114,10 +114,14 @@ def _json_text(path: str) -> str:
     if not path or path.lstrip().startswith("{"):
         return path
     try:
-        return json.dumps(json.loads(Path(path).read_text(encoding="utf-8")))
+        tree = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as problem:
         raise error("zero.deepspeed", f"{path!r}, which is no JSON file: {problem}", "DeepSpeed's settings",
                     "--set zero.deepspeed=PATH") from None
+    if not isinstance(tree, dict):  # its text would be taken for a path, and say nothing
+        raise error("zero.deepspeed", f"{path!r}, which holds {json.dumps(tree)[:40]}", "a JSON object",
+                    "--set zero.deepspeed=PATH")
+    return json.dumps(tree)
 
 
 def _source(name: str) -> str:

@@ -1,5 +1,6 @@
 """The sections Model, Lora and Zero: how weights are made and held, with the user's own DeepSpeed JSON."""
 
+import functools
 import json
 from dataclasses import dataclass
 
@@ -51,6 +52,9 @@ OWNED = {"train_batch_size": "STAGE.batch_size", "train_micro_batch_size_per_gpu
          "scheduler": "STAGE.warmup and STAGE.min_lr", "zero_optimization.stage": "zero.stage",
          "bf16.enabled": "model.dtype", "fp16.enabled": "model.dtype"}
 """Keys of a DeepSpeed JSON that typed settings decide."""
+OBJECTS = ("bf16", "fp16", "zero_optimization", "zero_optimization.offload_optimizer",
+           "zero_optimization.offload_param")
+"""Sections of it whose keys we read, outer ones first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,15 +83,20 @@ class Zero(Section):
         return getattr(self, name) or theirs.get("device", "none") != "none"
 
     def user_tree(self) -> dict:
-        """The user's own DeepSpeed settings; {} while they are still a path. Entries of "auto" are ours to fill.
-        Raises ConfigError when the text is no JSON object."""
+        """The user's own DeepSpeed settings; {} while they are still a path. "auto" and null are ours to fill. Raises
+        ConfigError when the text, or a section that is read here, is no JSON object."""
         if not self.deepspeed.lstrip().startswith(("{", "[")):
             return {}
         try:
-            return _without_auto(json.loads(self.deepspeed))
+            tree = _without_auto(json.loads(self.deepspeed))
         except (json.JSONDecodeError, AttributeError) as problem:
             raise error("zero.deepspeed", f"text that is no JSON object ({problem})", "DeepSpeed's settings",
                         "the file") from None
+        for path in OBJECTS:
+            inside = functools.reduce(lambda part, name: part.get(name, {}), path.split("."), tree)
+            if not isinstance(inside, dict):
+                raise error("zero.deepspeed", f"{path} {json.dumps(inside)}", "a JSON object", "the file")
+        return tree
 
     def check_user_json(self, dtype: str) -> None:
         """Raises ConfigError naming every key of the user's JSON that contradicts a typed setting."""
@@ -98,6 +107,11 @@ class Zero(Section):
             inside = tree.get(section) if section else tree
             if isinstance(inside, dict) and name in inside and inside[name] != ours.get(key, ...) and dtype != "auto":
                 conflicts.append(f"{key} {json.dumps(inside[name])}, which {setting} decides")
+        for key in ("offload_optimizer", "offload_parameters"):
+            name = key.replace("parameters", "param")
+            device = tree.get("zero_optimization", {}).get(name, {}).get("device")
+            if getattr(self, key) and device == "none":
+                conflicts.append(f'zero_optimization.{name}.device "none", which zero.{key} decides')
         if conflicts:
             raise error("zero.deepspeed", "; ".join(conflicts), 'no such keys, or "auto" as their value',
                         "the file, or those settings")
@@ -105,4 +119,4 @@ class Zero(Section):
 
 def _without_auto(tree: dict) -> dict:
     return {key: _without_auto(value) if isinstance(value, dict) else value for key, value in tree.items()
-            if value != "auto"}
+            if value not in ("auto", None)}

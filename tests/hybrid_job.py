@@ -1,20 +1,29 @@
 """Launched by test_hybrid.py on two ranks: the hybrid engine at ZeRO 0-3, with and without adapters."""
 
+import dataclasses
 import os
+import sys
+from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from test_decode import SAMPLING, request, responses, run
 from test_hybrid import with_adapters
-from tiny_models import causal_lm
+from tiny_models import SHAPES, VOCABULARY, causal_lm
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from dschat_kit.config import Pipeline
+from dschat_kit.engine import ds_config
 from dschat_kit.engine import hybrid as hybrid_module
 from dschat_kit.engine.engines import build_engine
 from dschat_kit.engine.hybrid import HybridEngine
+from dschat_kit.engine.shared import Role, SharedModel
 from dschat_kit.engine.zero import full_state_dict
-from dschat_kit.models.lora import merge_adapters
+from dschat_kit.models.lora import add_adapters, merge_adapters, save_adapter
+from dschat_kit.models.scalar_model import ScalarModel
 from dschat_kit.rlhf.logprobs import response_logprobs
 from dschat_kit.runs import RunError
 
@@ -98,16 +107,30 @@ def check_split(stage: int, adapters: bool) -> None:
         print(f"ZeRO {stage} adapters {adapters}: split is whole", flush=True)
 
 
+def follow_gathered(module: torch.nn.Module) -> list[float]:
+    """A list whose last entry becomes the largest share of the weights that was whole, or on its way, at once."""
+    peak, whole = [0.0], sum(parameter.ds_numel for parameter in module.parameters())
+
+    def look(*_):
+        now = sum(p.ds_numel for p in module.parameters() if p.ds_status != ZeroParamStatus.NOT_AVAILABLE)
+        peak[-1] = max(peak[-1], now / whole)
+    for part in module.modules():
+        part.register_forward_pre_hook(look)
+        part.register_forward_hook(look, prepend=True)
+    return peak
+
+
 def check_streamed(architecture: str, adapters: bool) -> None:
     """Weights gathered in every step give what a whole copy gives, with other numbers of prompts on the ranks; where
-    memory is short on one rank, all do so by themselves."""
-    rank = dist.get_rank()
+    memory is short on one rank, all do so by themselves. Neither they nor training ever gather the whole."""
+    rank, ds_config.BUCKET = dist.get_rank(), 2000
     model = with_adapters() if adapters else causal_lm(architecture)
     pipeline = Pipeline().with_overrides(["zero.stage=3", "model.dtype=fp32"])
     engine = build_engine(model, pipeline, lr=0.05, batch_size=4, micro_batch_size=2, world_size=2, grad_clip=1.0)
     asked = request(lengths=(3, 6, 4, 6, 5, 2, 2) if rank else (2, 9), seed=rank)
     whole = HybridEngine(engine, micro_batch_size=3, gather="rollout").generate(asked, SAMPLING)
     before, attention = state_of(engine), model.config._attn_implementation
+    peak = follow_gathered(model)
     short = HybridEngine(engine, micro_batch_size=3)
     hybrid_module.free_memory = lambda device: short.replica.needed_bytes() - rank
     for engine_of_steps in (HybridEngine(engine, micro_batch_size=3, gather="step", release_inference_cache=False),
@@ -126,12 +149,56 @@ def check_streamed(architecture: str, adapters: bool) -> None:
     logits.forward = lambda hidden: honest(logits, hidden) + (float("nan") if rank else 0)
     refused(short, empty, "rank 1: the model gives no finite logits")  # and rank 0 is not left waiting
     del logits.forward
-    logprobs, _ = response_logprobs(engine, batch.input_ids[:2], batch.attention_mask[:2], 2)
-    engine.backward(logprobs.sum() / 10, scale_wrt_gas=False)
-    engine.step()
+    for _ in range(3):  # DeepSpeed looks at two, then gathers ahead
+        logprobs, _ = response_logprobs(engine, batch.input_ids[:2], batch.attention_mask[:2], 2)
+        engine.backward(logprobs.sum() / 10, scale_wrt_gas=False)
+        engine.step()
     assert any(not torch.equal(one, two) for one, two in zip(before, state_of(engine), strict=True))
+    assert 0 < peak[0] < 0.6, (architecture, peak)
     if rank == 0:
         print(f"{architecture} adapters {adapters}: streamed is whole", flush=True)
+
+
+def shared_base(folder: Path) -> DeepSpeedEngine:
+    """All four roles on one base, their adapters made to do something."""
+    pipeline = Pipeline().with_overrides(["zero.stage=3", "model.dtype=fp32", "lora.rank=4", "lora.share_base=true"])
+    config = AutoConfig.for_model("llama", vocab_size=VOCABULARY, pad_token_id=0, num_labels=1, **SHAPES["llama"])
+    torch.manual_seed(0)
+    scored = add_adapters(ScalarModel(AutoModelForSequenceClassification.from_config(config)), pipeline.lora, 0)
+    if dist.get_rank() == 0:
+        scored.classifier.config.save_pretrained(folder)
+        save_adapter(scored.classifier, pipeline.lora, dict(scored.classifier.state_dict()), "", folder / "adapter")
+    dist.barrier()
+    model = SharedModel(causal_lm("llama"), folder, pipeline)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data, std=0.2)
+    return build_engine(model, pipeline, lr=0.05, batch_size=4, micro_batch_size=2, world_size=2, grad_clip=1.0,
+                        groups=[model.trained("actor"), model.trained("critic")])
+
+
+def check_streamed_on_a_shared_base(folder: Path) -> None:
+    """As check_streamed with one base for all roles and several answers a prompt, between the passes of the others."""
+    rank, engine = dist.get_rank(), shared_base(folder)
+    actor, critic, ref = (Role(engine, name) for name in ("actor", "critic", "ref"))
+    asked = request(lengths=(3, 6, 4, 6, 5, 2, 2) if rank else (2, 9), seed=rank)
+    sampling, tokens = dataclasses.replace(SAMPLING, n_samples_per_prompt=3), []
+    whole, streamed = (HybridEngine(actor, micro_batch_size=4, gather=gather) for gather in ("rollout", "step"))
+    for _ in range(3):
+        expected, batch = whole.generate(asked, sampling), streamed.generate(asked, sampling)
+        assert torch.equal(batch.input_ids, expected.input_ids)
+        assert torch.allclose(batch.logprobs, expected.logprobs, atol=1e-5)
+        tokens.append(responses(batch))
+        with torch.no_grad():
+            response_logprobs(ref, batch.input_ids, batch.attention_mask, batch.response_mask.shape[1])
+        logprobs, _ = response_logprobs(actor, batch.input_ids[:2], batch.attention_mask[:2], 2)
+        actor.backward(logprobs.sum() / 10, scale_wrt_gas=False)
+        actor.step()
+        critic.backward(critic(batch.input_ids[:2], batch.attention_mask[:2]).sum() / 100, scale_wrt_gas=False)
+        critic.step()
+    assert tokens[0] != tokens[1] and streamed.path == "slots", streamed.reason
+    if rank == 0:
+        print("a shared base: streamed is whole", flush=True)
 
 
 if __name__ == "__main__":
@@ -147,5 +214,6 @@ if __name__ == "__main__":
     for architecture, lora in (("opt", False), ("llama", True), ("bloom", False)):
         check_streamed(architecture, lora)
         hybrid_module.free_memory = free_memory
+    check_streamed_on_a_shared_base(Path(sys.argv[-1]))
     dist.barrier()
     os._exit(0)

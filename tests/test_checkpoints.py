@@ -69,6 +69,13 @@ def test_the_newest_is_loaded_and_the_oldest_are_gone(folder):
     assert load(folder / "nowhere") == (None, [])
 
 
+def test_the_millionth_step_is_the_newest(folder):
+    for step in (999_999, 1_000_000, 1_000_001):
+        save_checkpoint(folder, {"actor": Engine(step % 7)}, 2, step=step, elapsed=1.5, state={})
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-1000000", "step-1000001"]
+    assert load_checkpoint(folder, {"actor": Engine()}, print)["step"] == 1_000_001
+
+
 def truncate(file: Path) -> None:
     os.truncate(file, 9999)
 

@@ -116,6 +116,10 @@ def test_global_batches_have_to_divide_over_the_ranks():
         pipeline.check_ranks("ppo", 4)
     with pytest.raises(ConfigError, match=r"inference_tp_size: got 3\n.*divisor of 2 ranks"):
         pipeline.with_overrides(["rollout.inference_tp_size=3"]).check_ranks("ppo", 2)
+    for more, said in (["zero.stage=2"], "step with zero.stage 2"), (["rollout.inference_tp_size=2"], "step with sp"):
+        with pytest.raises(ConfigError, match=f"rollout.gather: got {said}"):
+            pipeline.with_overrides(["zero.stage=3", "rollout.gather=step", *more]).check_ranks("ppo", 2)
+    pipeline.with_overrides(["zero.stage=3", "rollout.gather=step"]).check_ranks("ppo", 2)
 
 
 def test_the_hash_of_a_stage_follows_what_it_reads():

@@ -47,6 +47,31 @@ def test_a_json_that_contradicts_a_setting_is_refused_by_name(tree, said):
     assert said in str(caught.value) and "expected:" in str(caught.value) and "change:" in str(caught.value)
 
 
+@pytest.mark.parametrize("key, setting", [("offload_optimizer", "offload_optimizer"),
+                                          ("offload_param", "offload_parameters")])
+def test_a_json_that_takes_offloading_back_is_refused_by_name(key, setting):
+    own = {device: json.dumps({"zero_optimization": {key: {"device": device}}}) for device in ("none", "nvme")}
+    with pytest.raises(ConfigError, match=f'{key}.device "none", which zero.{setting} decides'):
+        Pipeline(zero=Zero(stage=3, deepspeed=own["none"], **{setting: True}))
+    Pipeline(zero=Zero(stage=3, deepspeed=own["none"]))
+    Pipeline(zero=Zero(stage=3, deepspeed=own["nvme"], **{setting: True}))  # where, not whether
+
+
+@pytest.mark.parametrize("tree, said", [
+    ({"zero_optimization": []}, "zero_optimization []"), ({"bf16": True}, "bf16 true"),
+    ({"zero_optimization": {"offload_optimizer": "cpu"}}, 'zero_optimization.offload_optimizer "cpu"')])
+def test_a_section_that_is_no_object_is_refused_and_null_is_ours_to_fill(tree, said):
+    with pytest.raises(ConfigError, match="expected: a JSON object") as caught:
+        Zero(stage=3, deepspeed=json.dumps(tree))
+    assert f"zero.deepspeed: got {said}" in str(caught.value)
+    nothing = {"zero_optimization": {"offload_optimizer": None, "offload_param": None}, "bf16": None, "fp16": None}
+    for own in (nothing, {"zero_optimization": None}):
+        zero = Zero(stage=3, offload_optimizer=True, deepspeed=json.dumps(own))
+        how = dict(micro_batch_size=4, accumulation=3, grad_clip=1.5)
+        assert deepspeed_config(zero, "bf16", **how) == deepspeed_config(Zero(stage=3, offload_optimizer=True), "bf16",
+                                                                         **how)
+
+
 @pytest.mark.parametrize("key, stage", [("offload_optimizer", 0), ("offload_param", 2)])
 def test_a_json_that_offloads_what_is_not_sharded_is_refused_too(key, stage):
     own = json.dumps({"zero_optimization": {key: {"device": "nvme", "nvme_path": "/nvme"}}})

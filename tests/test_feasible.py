@@ -7,11 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from tiny_models import folder
+from tiny_models import causal_lm, folder
 
 from dschat_kit.config import ConfigError, Pipeline
 from dschat_kit.feasible import refuse, weight_names
 from dschat_kit.machine import Machine, resolve
+from dschat_kit.models.lora import add_adapters
 
 CPU = Machine(accelerator="cpu", devices=2, cores=2, bf16=False, torch_build="")
 AMPERE = dataclasses.replace(CPU, accelerator="cuda", bf16=True)
@@ -41,6 +42,21 @@ def test_a_target_that_matches_no_module_is_refused_and_those_that_do_are_named(
     with pytest.raises(ConfigError, match="matches no module") as caught:
         refuse(pipeline.with_overrides([f"lora.targets={good},{bad}"]), CPU)
     assert good.split(",")[0] in str(caught.value) and f"'{bad}'" in str(caught.value)
+
+
+@pytest.mark.parametrize("family, bad", [("llama", "input_layernorm"), ("llama", "embed_tokens"), ("llama", "lm_head"),
+                                         ("opt", "final_layer_norm"), ("opt", "embed_positions"), ("gpt2", "wte"),
+                                         ("gpt2", "ln_1"), ("gpt_neox", "embed_in"), ("gpt_neox", "embed_out"),
+                                         ("bloom", "word_embeddings"), ("bloom", "word_embeddings_layernorm")])
+def test_norms_embeddings_and_heads_take_no_adapters(tmp_path, family, bad):
+    """peft would take embeddings and heads, whose adapters the export does not merge."""
+    pipeline = Pipeline().with_overrides([f"model.name={folder(tmp_path, family)}", "lora.rank=2",
+                                          f"lora.targets={bad}"])
+    with pytest.raises(ConfigError, match=f"'{bad}', which matches no module") as caught:
+        refuse(pipeline, CPU)
+    assert bad not in str(caught.value).split("expected:")[1]
+    with pytest.raises(ConfigError, match=f"got {bad}, which match no module"):
+        add_adapters(causal_lm(family), pipeline.lora, 0)
 
 
 def test_random_weights_have_targets_too_and_a_name_of_the_hub_is_left_to_the_ranks():
@@ -83,7 +99,7 @@ def test_a_deepspeed_json_travels_as_text_and_changes_the_hash(tmp_path):
     assert json.loads(pipeline.zero.deepspeed) == {"zero_optimization": {"zero_hpz_partition_size": 8}}
     assert Pipeline.from_dict(json.loads(json.dumps(pipeline.to_dict()))) == resolve(pipeline) == pipeline
     assert pipeline.config_hash("sft") != resolve(Pipeline()).config_hash("sft")
-    for text in ("{", "[1, 2]", None):
+    for text in ("{", "[1, 2]", "null", "3", '"words"', None):
         path.unlink(missing_ok=True) if text is None else path.write_text(text)
         with pytest.raises(ConfigError, match="zero.deepspeed"):
             resolve(Pipeline().with_overrides([f"zero.deepspeed={path}"]))

@@ -147,6 +147,12 @@ def test_memory_that_is_not_there_is_said_with_the_rows_that_would_fit(monkeypat
         engine_of(causal_lm()).generate(request(), SAMPLING)
 
 
+def test_memory_that_torch_keeps_after_training_is_free(monkeypatch):
+    for name, found in (("mem_get_info", (3, 80)), ("memory_reserved", 70), ("memory_allocated", 20)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    assert hybrid.free_memory(torch.device("cuda")) == 53
+
+
 def test_a_model_without_finite_logits_or_without_a_cache_is_named():
     broken = causal_lm()
     with torch.no_grad():
@@ -175,9 +181,9 @@ def test_two_ranks_at_every_zero_stage(tmp_path):
     """One launch: stages 0-3, with and without adapters; see tests/hybrid_job.py for what is asserted."""
     tests = Path(__file__).parent
     job = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29741",
-           str(tests / "hybrid_job.py")]
+           str(tests / "hybrid_job.py"), str(tmp_path / "reward")]
     done = subprocess.run(job, env=environment() | {"PYTHONPATH": f"{tests.parent}:{tests}"}, capture_output=True,
                           text=True, timeout=550)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     assert done.stdout.count("all is well") == 8 and done.stdout.count("split is whole") == 2
-    assert done.stdout.count("streamed is whole") == 3
+    assert done.stdout.count("streamed is whole") == 4

@@ -52,7 +52,7 @@ def save_checkpoint(folder: Path, engines: dict[str, deepspeed.DeepSpeedEngine],
         shutil.rmtree(folder / name, ignore_errors=True)
         temporary.rename(folder / name)
         write_json(folder / "latest", name)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
+        for old in _places(folder)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
 
@@ -65,7 +65,7 @@ def load_checkpoint(folder: Path, engines: dict[str, deepspeed.DeepSpeedEngine],
     With another number of ranks than when it was saved, the shards go through DeepSpeed's universal checkpoint: the
     run goes on to rounding, no longer bit for bit. Raises RunError when all that there are are damaged.
     """
-    places = [folder / name for name in _agreed(lambda: sorted(path.name for path in folder.glob("step-*")))]
+    places = [folder / name for name in _agreed(lambda: [path.name for path in _places(folder)])]
     for place in reversed(places):
         state, damage = _look(place)
         if not damage:
@@ -122,6 +122,11 @@ def _look(place: Path) -> tuple[dict, str]:
             what = "cannot be read" if got is None else "size" if got[0] != expected[0] else "checksum"
             wrong.append(f"{name}: {what}" + (f" {got}, expected {expected}" if got else ""))
     return state, damage or next((text for part in _gathered(wrong) for text in part), "")
+
+
+def _places(folder: Path) -> list[Path]:
+    """The checkpoints, oldest first. By name alone step-1000000 would stand before step-999999, and be deleted."""
+    return sorted(folder.glob("step-*"), key=lambda place: (len(place.name), place.name))
 
 
 def _files(place: Path) -> list[str]:

@@ -29,9 +29,11 @@ from dschat_kit.runs import RunError
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this rank may take; ranks on one host share its memory."""
+    """Bytes that this rank may take; ranks on one host share its memory. On a GPU also those that torch keeps after
+    training has let go of them: the driver calls them taken."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1  # of torchrun, of DeepSpeed
     return psutil.virtual_memory().available // int(ranks)
 

@@ -35,10 +35,10 @@ def add_adapters(model: nn.Module, settings: Lora, seed: int, adapter: str = ACT
     targets = named if settings.targets != "auto" else TARGETS.get(pretrained.config.model_type, "all-linear")
     config = _config(settings, targets, scalar=pretrained is not model)
     if settings.targets != "auto":
-        there = {name.rsplit(".", 1)[-1] for name, _ in pretrained.named_modules()}
-        if set(named) - there:
-            raise ConfigError(f"lora.targets: got {', '.join(sorted(set(named) - there))}, which match no module\n"
-                              f"  expected: some of {', '.join(_linear_names(pretrained))}\n"
+        there = _linear_names(pretrained)
+        if set(named) - set(there):
+            raise ConfigError(f"lora.targets: got {', '.join(sorted(set(named) - set(there)))}, which match no module\n"
+                              f"  expected: some of {', '.join(there)}\n"
                               "  change:   --set lora.targets=auto")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -55,9 +55,12 @@ def _config(settings: Lora, targets: str | list[str], scalar: bool):
 
 
 def _linear_names(model: nn.Module) -> list[str]:
+    """Of the layers that may have adapters. A head may not: its weight can be the embeddings' too."""
+    from peft.tuners.lora import LoraLayer
     from transformers.pytorch_utils import Conv1D
+    heads = (getattr(model, "score", None), model.get_output_embeddings())
     return sorted({name.rsplit(".", 1)[-1] for name, layer in model.named_modules()
-                   if isinstance(layer, (nn.Linear, Conv1D))})
+                   if isinstance(layer, (nn.Linear, Conv1D, LoraLayer)) and layer not in heads})
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
