@@ -84,7 +84,7 @@ def make(root: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         for work, items in ((data, [(seed,) for seed in SEEDS]), (base, product(SEEDS, SIZES)),
                             (reward, [(case,) for case in cases()]), (sampled, [(seed,) for seed in SEEDS]),
-                            (ppo, [(case,) for case in cases() if case.width == policy])):
+                            (ppo, [(case,) for case in cases()])):
             list(pool.map(lambda item: work(*item), items))  # noqa: B023  used before the next turn
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from dschat_kit.data.toy import PREFERENCE_SCALE
 from dschat_kit.metrics import read_metrics
 from dschat_kit.notebook.reward_plots import FIGURES, METHODS, mean, squared
-from dschat_kit.overopt import ANSWERS, PPO, PROMPTS, SIZES, cases
+from dschat_kit.overopt import ANSWERS, PPO, PROMPTS, cases
 from dschat_kit.rlhf.overoptimisation import best_of_n, best_of_n_kl, distinct_kl, fit, fitted, turning_point
 from dschat_kit.runs import StageRun, open_run, write_json
 
@@ -122,8 +122,7 @@ def study(root: Path) -> dict:
         accuracy.setdefault((case.width, case.pairs), []).append(reward["accuracy"])
         sampled = best_of_n_curves(open_run(root / f"seed{case.seed}" / "best-of-n", "ppo"))[case.name]
         curves.setdefault(("best-of-n", case.width, case.pairs), []).append(sampled)
-        if case.width == next(iter(SIZES)):
-            curves.setdefault(("ppo", case.width, case.pairs), []).append(ppo_curve(open_run(case.folder(root), "ppo")))
+        curves.setdefault(("ppo", case.width, case.pairs), []).append(ppo_curve(open_run(case.folder(root), "ppo")))
     rows = [{"method": method, "width": width, "pairs": pairs, "accuracy": accuracy[width, pairs],
              **summarise(method, seeds)} for (method, width, pairs), seeds in curves.items()]
     ns = [n for n in NS if 4 * n <= ANSWERS]

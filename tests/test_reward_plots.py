@@ -27,7 +27,7 @@ def found():
     rows = [{"method": method, "width": width, "pairs": pairs, "accuracy": [0.7, 0.72],
              **overopt_report.summarise(method, [sampled(method, turns)] * 2)}
             for width in (128, 32) for pairs, turns in ((512, 0.8), (2048, 4.0))
-            for method in ("best-of-n", "ppo")[:1 + (width == 128)]]
+            for method in ("best-of-n", "ppo")]
     return {"prompts": 4, "answers": 64, "ns": [1, 16], "bound": [0, 1.8], "ppo": ["ppo.max_steps=1", "b"],
             "curves": rows}
 

@@ -4,6 +4,8 @@
 figure's label is its text for those who cannot see it.
 """
 
+import itertools
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -84,39 +86,39 @@ def curve_figure(found: dict) -> Figure:
 
 
 def size_figure(found: dict) -> Figure:
-    """Best-of-n under reward models of three sizes, taught by more or fewer pairs."""
-    widths = list(dict.fromkeys(row["width"] for row in found["curves"]))
-    figure, axes = _grid(1, len(widths), (9, 3.2))
-    for place, width in zip(axes[0], widths, strict=True):
-        rows = [row for row in found["curves"] if (row["width"], row["method"]) == (width, "best-of-n")]
+    """Best-of-n and PPO under reward models of three sizes, taught by more or fewer pairs."""
+    widths, methods = (list(dict.fromkeys(row[name] for row in found["curves"])) for name in ("width", "method"))
+    figure, axes = _grid(len(methods), len(widths), (9, 5.4))
+    for place, (method, width) in zip(axes.flat, itertools.product(methods, widths), strict=True):
+        rows = [row for row in found["curves"] if (row["width"], row["method"]) == (width, method)]
         for row, (style, mark, colour) in zip(rows, STYLES, strict=False):
             for points in row["points"]:
                 place.plot(points["d"], points["gold"], mark, color=colour, markersize=3, alpha=0.6)
             _draw(place, row, colour, style, f"{row['pairs']} pairs")
-        place.set_title(f"reward model {width} wide", fontsize=10)
+        place.set_title(f"{METHODS[method][3]}, reward model {width} wide", fontsize=10)
+    for place in axes[-1]:
         place.set_xlabel("d = sqrt(KL)")
-    axes[0, 0].set_ylabel("gain in true reward")
+    for place in axes[:, 0]:
+        place.set_ylabel("gain in true reward")
     axes[0, 0].legend(frameon=False, fontsize=9)
-    return _named(figure, "True reward of best-of-n by size of the reward model and number of pairs")
+    return _named(figure, "True reward by size of the reward model and number of pairs")
 
 
 def coefficient_figure(found: dict) -> Figure:
-    """The fitted coefficients against the number of pairs, with 95 % intervals."""
-    figure, axes = _grid(1, 2, (9, 3.2), same=False)
-    kinds = list(dict.fromkeys((row["method"], row["width"]) for row in found["curves"]))
-    for place, name in zip(axes[0], ("alpha", "beta"), strict=True):
-        for number, (method, width) in enumerate(sorted(kinds, key=lambda kind: (kind[0], -kind[1]))):
+    """The fitted coefficients against the number of pairs, with 95 % intervals; a row of axes for each method."""
+    widths, methods = (list(dict.fromkeys(row[name] for row in found["curves"])) for name in ("width", "method"))
+    figure, axes = _grid(len(methods), 2, (9, 5.4), same=False)
+    for place, (method, name) in zip(axes.flat, itertools.product(methods, ("alpha", "beta")), strict=True):
+        for number, (width, (style, mark, colour)) in enumerate(zip(widths, STYLES, strict=False)):
             rows = [row for row in found["curves"] if (row["method"], row["width"]) == (method, width)]
             middle = np.array([row[name] for row in rows])
             spread = np.abs(np.array([row[f"{name}_interval"] for row in rows]).T - middle)
-            style, mark, colour = (*STYLES, ("-.", "D", ORANGE))[number]
             place.errorbar(np.array([row["pairs"] for row in rows]) * 1.06 ** number, middle, spread, color=colour,
-                           linestyle=style, marker=mark, markersize=4, capsize=3,
-                           label=f"{METHODS[method][3]}, {width} wide")
+                           linestyle=style, marker=mark, markersize=4, capsize=3, label=f"{width} wide")
         place.set_xscale("log", base=2)
         place.set_xticks(*[sorted({row["pairs"] for row in found["curves"]})] * 2)
+        place.set_ylabel(f"{name}, {METHODS[method][3]}")
         place.set_xlabel("pairs that the reward model learned from")
-        place.set_ylabel(f"{name}")
     axes[0, 0].legend(frameon=False, fontsize=8)
     return _named(figure, "Coefficients alpha and beta by number of pairs")
 
