@@ -1,5 +1,7 @@
 """Token rows -> batches: padding sides, masks, and a sampler that is a pure function."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -11,15 +13,18 @@ from dschat_kit.config import ConfigError
 from dschat_kit.data.datasets import (
     StepSampler,
     TokenRows,
+    by_length,
     chunks,
     packed_sft_batch,
     pad_prompts,
     preference_batch,
+    ranked_batch,
     sft_batch,
 )
 from dschat_kit.data.store import table_writer
 from dschat_kit.models.loading import can_pack, model_inputs
-from dschat_kit.rlhf.losses import sft_loss
+from dschat_kit.models.scalar_model import last_token
+from dschat_kit.rlhf.losses import preference_loss, sft_loss
 
 PAD = 9  # also a token of the second response: masks, never ids, say what is padding
 ROWS = [{"sample_id": "a", "prompt": "p", "prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]},
@@ -71,6 +76,49 @@ def test_an_epoch_reads_each_row_at_most_once(batch_size, more, seed):
     assert (again.indices(len(steps) - 1) == steps[-1]).all()
 
 
+def ranked_rows() -> list[dict]:
+    """Four ranked answers as six pairs, and two pairs that stand alone though they say the same."""
+    answers = [[4, 5], [6], [7, 8, 9], [5]]
+    rows = [{"sample_id": f"s-0000abcd+{number:016x}", "prompt_ids": [1, 2], "chosen_ids": better, "rejected_ids": worse}
+            for number, (better, worse) in enumerate(itertools.combinations(answers, 2))]
+    alone = {"prompt_ids": [1, 2], "chosen_ids": [4, 5], "rejected_ids": [6]}
+    return [*rows, {"sample_id": "s-" + "1" * 16, **alone}, {"sample_id": "s-" + "2" * 16, **alone}]
+
+
+def test_a_ranking_costs_one_forward_a_response_and_gives_the_gradient_of_all_pairs():
+    """Ouyang et al. 2022, section 3.5."""
+    torch.manual_seed(0)
+    rows, table, found = ranked_rows(), torch.randn(10), []
+    batch, places = ranked_batch(rows, PAD)
+    assert len(batch.sequences) == 4 + 2 * 2 and len(places) == 2 * len(rows)
+    pairs = preference_batch(rows, PAD)
+    for some, index in ((batch, places), (pairs, torch.arange(2 * len(rows)))):
+        weights = table.clone().requires_grad_()
+        scores = last_token(weights[some.sequences].cumsum(1), some.attention_mask)[index]
+        loss, _ = preference_loss(*scores.chunk(2), pairs=len(rows))
+        loss.backward()
+        found.append((scores.detach(), weights.grad))
+    assert torch.equal(found[0][0], found[1][0]) and torch.allclose(found[0][1], found[1][1], atol=1e-6)
+
+
+def test_the_pairs_of_a_ranking_stay_together_in_a_step_on_a_rank_and_in_a_micro_batch():
+    rankings = np.array([0, 1, 2, 2, 3, 2, 4, 5, 5, 6, 5, 7])
+    plain, ranked = (StepSampler(rows=12, batch_size=12, seed=3, rankings=some) for some in (None, rankings))
+    order = ranked.indices(0)
+    assert sorted(order) == list(range(12)) and (np.diff(rankings[order]) != 0).sum() == 7
+    first = [rankings[i] for i in plain.indices(0)]
+    assert list(dict.fromkeys(rankings[order])) == list(dict.fromkeys(first))
+    shares = [ranked.share(0, rank, 2) for rank in range(2)]
+    assert np.concatenate(shares).tolist() == order.tolist() and plain.share(0, 1, 2).tolist() == \
+        plain.indices(0)[1::2].tolist()
+    alone = StepSampler(rows=12, batch_size=12, seed=3, rankings=np.arange(12))
+    assert alone.indices(1).tolist() == plain.indices(1).tolist()
+    rows = ranked_rows()
+    mixed = [rows[i] for i in (6, 0, 3, 7, 1, 5, 2, 4)]
+    names = [row["sample_id"][:10] for row in by_length(mixed)]
+    assert sum(a != b for a, b in itertools.pairwise(names)) == 2  # the two, then the ranking
+
+
 def test_the_second_epoch_is_in_another_order():
     sampler = StepSampler(rows=64, batch_size=64, seed=0)
     assert sorted(sampler.indices(0)) == sorted(sampler.indices(1)) and (sampler.indices(0) != sampler.indices(1)).any()
@@ -96,6 +144,9 @@ def test_rows_come_from_disk_in_the_order_asked_for(tmp_path):
     rows = TokenRows(tmp_path, "sft")
     assert len(rows) == 2 and list(rows.table["prompt"]) == ["q", "p"]
     assert [row["chosen_ids"] for row in rows.take(torch.tensor([1, 0, 1]))] == [[4, 5], [7, PAD], [4, 5]]
+    assert rows.rankings() is None
+    rows.table = {"sample_id": [row["sample_id"] for row in ranked_rows()]}
+    assert len(set(rows.rankings()[:6])) == 1 and len(set(rows.rankings())) == 3
 
 
 def test_chunks_cover_everything():

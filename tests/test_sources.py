@@ -38,6 +38,19 @@ def test_the_id_follows_the_content_not_the_place(tmp_path):
     assert first.sample_id == second.sample_id
 
 
+def test_the_pairs_of_a_ranking_share_the_first_part_of_their_ids(tmp_path):
+    def said(text, *replies, role="assistant", rank=None):
+        return {"text": text, "role": role, "rank": rank, "replies": list(replies)}
+
+    tree = said("why?", *(said(f"answer {n}", rank=n) for n in range(3)), role="prompter")
+    pair = said("who?", said("I", rank=0), said("you", rank=1), role="prompter")
+    records = read(lines(tmp_path / "rows.jsonl", {"prompt": tree, "message_tree_id": "t"},
+                         {"prompt": pair, "message_tree_id": "u"}))
+    ids = [record.sample_id.rpartition("+") for record in records]
+    assert len(ids) == 4 and len({first for first, *_ in ids[:3]}) == 1 and ids[0][0].startswith("rows.jsonl-")
+    assert len({last for *_, last in ids}) == 4 and ids[3][:2] == ("", "")
+
+
 def test_columns_may_have_other_names(tmp_path):
     row = {"q": "why?", "good": "because.", "bad": "no.", "split_key": "w"}
     record, = read(lines(tmp_path / "rows.jsonl", row), columns="q, good,bad")

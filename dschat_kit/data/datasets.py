@@ -18,7 +18,7 @@ from dschat_kit.data.splits import epoch_order
 from dschat_kit.data.store import open_rows
 
 __all__ = ["PromptBatch", "SequenceBatch", "StepSampler", "TokenRows", "by_length", "chunks", "packed_sft_batch",
-           "pad_prompts", "preference_batch", "rank_share", "sft_batch"]
+           "pad_prompts", "preference_batch", "rank_share", "ranked_batch", "sft_batch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +60,25 @@ class TokenRows:
         columns = self.table[[int(i) for i in indices]]
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
+    def rankings(self) -> np.ndarray | None:
+        """(N,) a number a row, the same for all pairs of one ranking; None where every pair stands alone."""
+        names = [_ranking(sample_id, row) for row, sample_id in enumerate(self.table["sample_id"])]
+        return np.unique(names, return_inverse=True)[1] if any(isinstance(name, str) for name in names) else None
+
+
+def _ranking(sample_id: str, alone):
+    """What the pairs of one ranking share; `alone` for a pair that is none of them."""
+    return sample_id[:-16] if sample_id[-17:-16] == "+" else alone
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepSampler:
-    """Which rows an optimiser step reads: full batches of a reshuffled order an epoch, the remainder left out."""
+    """Which rows an optimiser step reads: full batches of a reshuffled order an epoch, the remainder left out. Rows with
+    the same number in `rankings` follow one another."""
     rows: int
     batch_size: int
     seed: int
+    rankings: np.ndarray | None = None
 
     def __post_init__(self):
         if self.rows < self.batch_size:
@@ -86,7 +98,17 @@ class StepSampler:
     def indices(self, step: int) -> np.ndarray:
         """(batch_size,) rows of step 0, 1, ...; the same on every rank and after a resume."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        return epoch_order(self.rows, self.seed, epoch)[position * self.batch_size:][: self.batch_size]
+        order = epoch_order(self.rows, self.seed, epoch)
+        if self.rankings is not None:  # each ranking stands where its first pair does
+            _, first, ranking = np.unique(self.rankings[order], return_index=True, return_inverse=True)
+            order = order[np.argsort(first[ranking], kind="stable")]
+        return order[position * self.batch_size:][: self.batch_size]
+
+    def share(self, step: int, rank: int, world_size: int) -> np.ndarray:
+        """Those rows of a step that one rank computes; with rankings, rows that follow one another."""
+        if self.rankings is None:
+            return rank_share(self.indices(step), rank, world_size)
+        return np.split(self.indices(step), world_size)[rank]
 
 
 def rank_share(indices: np.ndarray, rank: int, world_size: int) -> np.ndarray:
@@ -95,8 +117,15 @@ def rank_share(indices: np.ndarray, rank: int, world_size: int) -> np.ndarray:
 
 
 def by_length(rows: list[dict]) -> list[dict]:
-    """The same rows with similar lengths side by side, so that little of a micro batch is padding."""
-    return sorted(rows, key=lambda row: len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])))
+    """The same rows with similar lengths side by side, so that little of a micro batch is padding; a ranking's pairs
+    stay together."""
+    places: dict = {}  # of each ranking: its greatest length, and its first row
+    names = [_ranking(row["sample_id"], place) for place, row in enumerate(rows)]
+    for place, (name, row) in enumerate(zip(names, rows, strict=True)):
+        length = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+        longest, first = places.get(name, (0, place))
+        places[name] = max(longest, length), first
+    return [rows[i] for i in sorted(range(len(rows)), key=lambda place: places[names[place]])]
 
 
 def _sequences(lines: list[list[tuple[list[int], list[int]]]], pad_id: int, packed: bool = False) -> SequenceBatch:
@@ -138,6 +167,17 @@ def packed_sft_batch(rows: list[dict], pad_id: int) -> SequenceBatch:
 def preference_batch(rows: list[dict], pad_id: int) -> SequenceBatch:
     """2B sequences: the chosen responses in the first half, the rejected ones of the same prompts in the second."""
     return _sequences([[(r["prompt_ids"], r[side])] for side in ("chosen_ids", "rejected_ids") for r in rows], pad_id)
+
+
+def ranked_batch(rows: list[dict], pad_id: int) -> tuple[SequenceBatch, Tensor]:
+    """(each response once, (2B,) places in it: of the chosen responses, then of the rejected ones). Ouyang et al. 2022,
+    section 3.5: all pairs of a ranking in one batch, with one forward pass a response."""
+    found: dict = {}
+    places = [found.setdefault((_ranking(row["sample_id"], (side, number)), *row["prompt_ids"], None, *row[side]),
+                               (len(found), row, side))[0]
+              for side in ("chosen_ids", "rejected_ids") for number, row in enumerate(rows)]
+    return (_sequences([[(row["prompt_ids"], row[side])] for _, row, side in found.values()], pad_id),
+            torch.tensor(places))
 
 
 def pad_prompts(rows: list[dict], row_ids, pad_id: int) -> PromptBatch:

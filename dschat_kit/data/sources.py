@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,8 @@ NAMED = {1: "text", 2: "response", 3: "preference"}
 @dataclass(frozen=True, kw_only=True)
 class PreferenceRecord:
     sample_id: str
-    """Source name and hash of the row's content: the same row has the same id in every run."""
+    """Source name and hash of the row's content: the same row has the same id in every run. All pairs of one ranking
+    share what stands before a `+`, the hash of their prompt."""
     source: str
     turns: tuple[Turn, ...]
     """What was said before the response; empty for plain text."""
@@ -117,8 +119,10 @@ def read_source(name: str, label: str, data: Data, seed: int, report=lambda line
                 raise BadRow("is no object", f"got {type(row).__name__}\n  expected: an object with columns")
             if form is None:
                 form, names = _format(name, label, row, data, place, report)
-            for pair in _pairs(form, names, row):
-                yield _record(pair, row, label, part)
+            pairs = _pairs(form, names, row)
+            asked = Counter(dialogue_text(pair.turns) for pair in pairs if pair.rejected) if pairs[1:] else Counter()
+            for pair in pairs:
+                yield _record(pair, row, label, part, ranked=bool(asked) and asked[dialogue_text(pair.turns)] > 1)
             taken += not part
         except BadRow as error:
             count, first = bad.get(error.reason, (0, f"{place}: {error}"))
@@ -182,11 +186,12 @@ def _pairs(form: Format, names: dict[str, str], row: dict) -> list[Pair]:
     return pairs
 
 
-def _record(pair: Pair, row: dict, label: str, part: str) -> PreferenceRecord:
+def _record(pair: Pair, row: dict, label: str, part: str, ranked: bool) -> PreferenceRecord:
     prompt = dialogue_text(pair.turns) if pair.turns else ""
     digest = hashlib.blake2b("\x00".join((prompt, pair.chosen.strip(), pair.rejected.strip())).encode(), digest_size=8)
     key = row.get("split_key") or dialogue_text(t for t in pair.turns if t[0] != "system") if prompt else pair.chosen
-    return PreferenceRecord(sample_id=f"{label}-{digest.hexdigest()}", source=label, turns=tuple(pair.turns),
+    ranking = f"{hashlib.blake2b(prompt.encode(), digest_size=4).hexdigest()}+" if ranked else ""
+    return PreferenceRecord(sample_id=f"{label}-{ranking}{digest.hexdigest()}", source=label, turns=tuple(pair.turns),
                             chosen=pair.chosen, rejected=pair.rejected, part=part, margin=pair.margin,
                             split_key=" ".join(str(key).split()))
 

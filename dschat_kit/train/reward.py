@@ -12,7 +12,16 @@ from functools import partial
 import numpy as np
 import torch
 
-from dschat_kit.data.datasets import StepSampler, TokenRows, by_length, chunks, preference_batch, rank_share, sft_batch
+from dschat_kit.data.datasets import (
+    StepSampler,
+    TokenRows,
+    by_length,
+    chunks,
+    preference_batch,
+    rank_share,
+    ranked_batch,
+    sft_batch,
+)
 from dschat_kit.data.tokenizer import require_same_tokenizer
 from dschat_kit.engine.engines import build_engine, grad_norm, learning_rate, set_learning_rate
 from dschat_kit.engine.zero import gathered, sharded_loading
@@ -44,7 +53,7 @@ def train(session: Session) -> dict:
                           batch_size=settings.batch_size, micro_batch_size=settings.micro_batch_size,
                           world_size=session.world_size, grad_clip=settings.grad_clip,
                           weight_decay=settings.weight_decay)
-    sampler = StepSampler(rows=len(rows), batch_size=settings.batch_size, seed=pipeline.seed)
+    sampler = StepSampler(rows=len(rows), batch_size=settings.batch_size, seed=pipeline.seed, rankings=rows.rankings())
     steps = sampler.steps(settings.epochs, settings.max_steps)
     session.begin(steps, {"model": engine})
 
@@ -52,17 +61,19 @@ def train(session: Session) -> dict:
         clock = time.perf_counter()
         lr = learning_rate(settings.lr, step, steps, settings.warmup, settings.min_lr, "cosine")
         set_learning_rate(engine, lr)
-        mine = by_length(rows.take(rank_share(sampler.indices(step), session.rank, session.world_size)))
-        sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
+        mine = by_length(rows.take(sampler.share(step, session.rank, session.world_size)))
+        sums, lengths = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}, []
         for micro in chunks(mine, settings.micro_batch_size):
-            batch = preference_batch(micro, pad_id).to(session.device)
-            chosen, rejected = last_token(engine(batch.sequences, batch.attention_mask), batch.attention_mask).chunk(2)
+            batch, places = ranked_batch(micro, pad_id)
+            lengths += [(length, 0) for length in batch.attention_mask.sum(1).tolist()]
+            batch = batch.to(session.device)
+            scores = last_token(engine(batch.sequences, batch.attention_mask), batch.attention_mask)
+            chosen, rejected = scores[places.to(session.device)].chunk(2)
             part, metrics = preference_loss(chosen, rejected, pairs=settings.batch_size)
             session.backward(engine, part)
             sums = {name: value + metrics[name] for name, value in sums.items()}
         row = dict(zip(sums, session.sum(*sums.values()), strict=True))
-        seconds, sides = time.perf_counter() - clock, ("chosen_ids", "rejected_ids")
-        lengths = [(len(r["prompt_ids"]) + len(r[side]), 0) for r in mine for side in sides]
+        seconds = time.perf_counter() - clock
         tokens_read, = session.sum(sum(length for length, _ in lengths))
         row |= {"lr": lr, "grad_norm": grad_norm(engine), "seconds": seconds,
                 "tokens_per_second": tokens_read / seconds, **session.cost("training", engine, lengths, seconds)}
