@@ -166,7 +166,8 @@ class Rollout(Section):
     together: for a model whose whole weights do not fit into one device."""
     gather: str = bounded("auto", one_of=("auto", "rollout", "step"))
     """When the weights that ZeRO-3 has sharded are gathered for generation: once a rollout, or layer by layer in every
-    step, which is slow and needs memory for one layer. auto does the first where the whole weights fit."""
+    step, which is slow and needs memory for one layer. auto does the first where the whole weights fit; say which where
+    a resumed run has to go on bit for bit on another machine."""
 
 
 @dataclass(frozen=True, kw_only=True)

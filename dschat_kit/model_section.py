@@ -50,7 +50,8 @@ OWNED = {"train_batch_size": "STAGE.batch_size", "train_micro_batch_size_per_gpu
          "gradient_accumulation_steps": "STAGE.batch_size and STAGE.micro_batch_size",
          "gradient_clipping": "STAGE.grad_clip", "optimizer": "STAGE.lr and STAGE.weight_decay",
          "scheduler": "STAGE.warmup and STAGE.min_lr", "zero_optimization.stage": "zero.stage",
-         "bf16.enabled": "model.dtype", "fp16.enabled": "model.dtype"}
+         "bf16.enabled": "model.dtype", "fp16.enabled": "model.dtype", "amp.enabled": "model.dtype",
+         "torch_autocast.enabled": "model.dtype", "checkpoint.load_universal": "the number of ranks"}
 """Keys of a DeepSpeed JSON that typed settings decide."""
 OBJECTS = ("bf16", "fp16", "zero_optimization", "zero_optimization.offload_optimizer",
            "zero_optimization.offload_param")
@@ -100,7 +101,8 @@ class Zero(Section):
 
     def check_user_json(self, dtype: str) -> None:
         """Raises ConfigError naming every key of the user's JSON that contradicts a typed setting."""
-        ours = {"zero_optimization.stage": self.stage, "bf16.enabled": dtype == "bf16", "fp16.enabled": dtype == "fp16"}
+        ours = {"zero_optimization.stage": self.stage, "bf16.enabled": dtype == "bf16", "fp16.enabled": dtype == "fp16",
+                "amp.enabled": False, "torch_autocast.enabled": False, "checkpoint.load_universal": False}
         conflicts, tree = [], self.user_tree()
         for key, setting in OWNED.items():
             section, _, name = key.rpartition(".")

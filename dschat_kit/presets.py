@@ -45,7 +45,7 @@ PRESETS: dict[str, Pipeline] = {
         reward=Reward(epochs=2, max_steps=150, batch_size=4, micro_batch_size=1, lr=2e-4, eval_every=50, eval_rows=32),
         ppo=Ppo(max_steps=12, rollout_batch_size=16, mini_batch_size=8, micro_batch_size=4, lr_actor=1e-4,
                 lr_critic=2e-4, kl_coef=0.05, eval_prompts=32),
-        rollout=Rollout(micro_batch_size=8)),
+        rollout=Rollout(micro_batch_size=8), checkpoint=Checkpoint(every_minutes=5)),
     # OPT-66B etc. at the sizes of DeepSpeed-Chat's published scripts. Not run: nobody here has had these machines.
     "opt-1.3b-1gpu": _opt("facebook/opt-1.3b", ranks=1, stage=0, lora=128, micro=8),
     "opt-13b-8gpu": _opt("facebook/opt-13b", ranks=8, stage=3, lora=0, micro=4),

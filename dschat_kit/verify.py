@@ -37,8 +37,8 @@ def plan(kind: str = "bigram", vocab: int | None = None, length: int | None = No
     vocab = (10 if kind == "bandit" else 4) if vocab is None else vocab
     length = (1 if kind == "bandit" else 3) if length is None else length
     for name, value, good, expected in (
-            ("--vocab", vocab, vocab >= 2 and (kind == "bandit" or vocab + prompts < 32),
-             "at least 2, and with --prompts below 32: the model is 32 wide"),
+            ("--vocab", vocab, 2 <= vocab <= (500 if kind == "bigram" else ANSWERS),
+             "at least 2, and at most 500 for bigram: the model is as wide"),
             ("--prompts", prompts, 1 <= prompts <= 16, "1 to 16"),
             ("--length", length, length == 1 if kind == "bandit" else length >= 1, "1 for the bandit, else at least 1"),
             ("--beta", betas, all(0 < beta < 1e6 for beta in betas), "above 0"),

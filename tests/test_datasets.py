@@ -79,7 +79,8 @@ def test_an_epoch_reads_each_row_at_most_once(batch_size, more, seed):
 def ranked_rows() -> list[dict]:
     """Four ranked answers as six pairs, and two pairs that stand alone though they say the same."""
     answers = [[4, 5], [6], [7, 8, 9], [5]]
-    rows = [{"sample_id": f"s-0000abcd+{number:016x}", "prompt_ids": [1, 2], "chosen_ids": better, "rejected_ids": worse}
+    rows = [{"sample_id": f"s-0000abcd+{number:016x}", "prompt_ids": [1, 2], "chosen_ids": better,
+             "rejected_ids": worse}
             for number, (better, worse) in enumerate(itertools.combinations(answers, 2))]
     alone = {"prompt_ids": [1, 2], "chosen_ids": [4, 5], "rejected_ids": [6]}
     return [*rows, {"sample_id": "s-" + "1" * 16, **alone}, {"sample_id": "s-" + "2" * 16, **alone}]

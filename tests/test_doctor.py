@@ -171,6 +171,7 @@ def test_each_planted_fault_is_found(sound, stage, file, change, name, state):
     ("values", {"explained_variance": -0.5}, "warn"), ("advantages", {"advantage_std": 0.0}, "fail"),
     ("gradients", {"grad_norm_actor": 7.0}, "warn"), ("first ratio", {"first_ratio_max": 1.2}, "fail"),
     ("first approx_kl", {"first_approx_kl": 0.01}, "fail"), ("score scale", {"score_std": 9.0}, "warn"),
+    ("distance", {"kl": 30.0}, "warn"),
 ])
 def test_what_goes_wrong_on_the_way_is_found(sound, name, late, state):
     rows = [json.dumps({"step": step, **PPO_ROW, **(late if step > 6 else {})}) for step in range(1, 9)]

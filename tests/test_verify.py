@@ -297,7 +297,7 @@ def test_two_ranks_reach_it_and_anybody_can_enumerate_the_export(tmp_path):
     assert row["reached_value"] == pytest.approx(row["reached_reward"] - 0.5 * kl) and row["gap_closed"] > 0.98
 
 
-@pytest.mark.parametrize("options", [{"vocab": 1}, {"vocab": 31}, {"length": 0}, {"betas": (0.0,)},
+@pytest.mark.parametrize("options", [{"vocab": 1}, {"vocab": 501, "length": 1}, {"length": 0}, {"betas": (0.0,)},
                                      {"betas": (math.nan,)}, {"prompts": 0}, {"steps": 0}, {"vocab": 8, "length": 9},
                                      {"kind": "bandit", "length": 2}, {"seed": -1}])
 def test_a_world_that_is_none_is_refused(options):

@@ -73,8 +73,8 @@ def _ranking(sample_id: str, alone):
 
 @dataclass(frozen=True, kw_only=True)
 class StepSampler:
-    """Which rows an optimiser step reads: full batches of a reshuffled order an epoch, the remainder left out. Rows with
-    the same number in `rankings` follow one another."""
+    """Which rows an optimiser step reads: full batches of a reshuffled order an epoch, the remainder left out. Rows
+    with the same number in `rankings` follow one another."""
     rows: int
     batch_size: int
     seed: int

@@ -69,6 +69,9 @@ RULES = {
         ("pairs", "warn", lambda n: n["last"]["accuracy"] < 0.5,
          "{last[accuracy]:.0%} of the training pairs are ranked right", "chosen and rejected may be swapped; else more "
          "dpo.max_steps or a higher dpo.lr"),
+        ("distance", "warn", lambda n: n["kl"] > n["response_length_after"],
+         "KL {kl:.1f} nats in answers of {response_length_after:.1f} tokens: more than a nat a token",
+         "pairs that the policy ranks right say nothing about what else it says: a lower dpo.lr, a larger dpo.beta"),
     ),
     "ppo": (  # before its first update the actor is the SFT model: ratio 1, KL 0, whatever the data
         ("first ratio", "fail", lambda n: abs(n["first"]["first_ratio_max"] - 1) > n["slack"]
@@ -97,6 +100,9 @@ RULES = {
         ("KL", "fail", lambda n: n["last"]["kl"] < -0.5, "KL {last[kl]:.2f}, clearly negative",
          "the samples do not come from the policy that is measured: sampling has to be temperature alone (top_p 1, "
          "top_k 0), and the mask has to end after EOS"),
+        ("distance", "warn", lambda n: n["last"]["kl"] > n["last"]["response_length"],
+         "KL {last[kl]:.1f} nats in answers of {last[response_length]:.1f} tokens: more than a nat a token",
+         "the policy has run away from the SFT model: a larger ppo.kl_coef, a lower ppo.lr_actor, fewer steps"),
         ("pad = EOS", "fail", lambda n: n["pad_is_eos"] and n["first"]["eos_rate"] < 0.1,
          "{first[eos_rate]:.0%} of the SFT model's responses end, and its tokenizer pads with EOS",
          "EOS was masked as if it were padding: a tokenizer with a pad token of its own, and sft anew with --fresh"),

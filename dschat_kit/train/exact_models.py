@@ -22,10 +22,12 @@ ROWS = 8192
 
 
 def small_llama(world: World) -> nn.Module:
-    """One layer, 32 wide. Its first channel is a constant that makes the prompts' own tokens impossible to say, and
-    attention adds nothing yet: at the start the next token depends on the last one alone."""
+    """One layer, 32 wide, or as wide as a bigram table has rows. Its first channel is a constant that makes the
+    prompts' own tokens impossible to say, and attention adds nothing yet: at the start the next token depends on the
+    last one alone."""
     from transformers import LlamaConfig, LlamaForCausalLM
-    config = LlamaConfig(vocab_size=world.vocab + world.prompts, hidden_size=32, intermediate_size=64,
+    width = max(32, -(-(world.vocab + world.prompts + 1) // 8) * 8 if world.kind == "bigram" else 0)
+    config = LlamaConfig(vocab_size=world.vocab + world.prompts, hidden_size=width, intermediate_size=2 * width,
                          num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64, initializer_range=0.2,
                          num_labels=1, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None, pad_token_id=0)
     with torch.random.fork_rng(devices=[]):
@@ -36,7 +38,7 @@ def small_llama(world: World) -> nn.Module:
         model.model.layers[0].mlp.down_proj.weight[0] = 0.0
         model.model.embed_tokens.weight.mul_(5)
         model.model.embed_tokens.weight[:, 0], model.lm_head.weight[:, 0] = 5.0, 0.0
-        model.lm_head.weight[world.vocab:] = torch.tensor([-40.0] + [0.0] * 31)
+        model.lm_head.weight[world.vocab:] = torch.tensor([-40.0] + [0.0] * (width - 1))
     return model
 
 
