@@ -129,7 +129,7 @@ def slope_errors(rows: list[dict]) -> list[float]:
 
 def table(folder: Path, seeds: tuple[int, ...] = (0, 1, 2), steps: int = 100) -> list[str]:
     """Four worlds x BETAS x seeds x 1 and 2 ranks: writes verify.json, verify.md and verify.png into `folder` and
-    returns what failed. About ten minutes on two idle cores."""
+    returns what failed. Ten to fifteen minutes on two cores."""
     worlds = ({"kind": "bandit"}, {"kind": "bigram"}, {"kind": "bigram", "eos": True},
               {"kind": "bigram", "eos": True, "prompts": 3})
     cases = [case for world in worlds for seed in seeds for case in plan(**world, betas=BETAS, seed=seed, steps=steps)]
