@@ -152,6 +152,7 @@ def test_every_other_zero_stage_gives_them_too(alone, tmp_path):
     """And PPO that was saved on one rank goes on on two, its moving average too."""
     cut, whole = upon(alone / "zero0", "cut", *SAVING), alone / "zero0" / "saving" / "ppo"
     shutil.copytree(whole / "checkpoints", Path(cut["path"]) / "checkpoints")
+    shutil.rmtree(Path(cut["path"]) / "checkpoints" / "step-000003")
     shutil.copy(whole / "metrics.jsonl", cut["path"])
     two, average = [one for zero in (0, 1) for one in replayed(tmp_path / "two", zero)], tmp_path / "two" / "zero1"
     said = launch(tmp_path / "two", [*two, cut | {"resume": True}], 2)
@@ -267,21 +268,25 @@ def test_merged_model_and_exported_adapter_say_the_same(adapted, family):
 
 @pytest.mark.slow
 def test_a_resumed_moving_average_is_the_uninterrupted_one(adapted):
+    """Resumed half-way, and after the last step, where only evaluation and export are left."""
     sets = [*LORA, f"model.name={adapted / 'models' / 'llama'}", "zero.stage=3", "ppo.max_steps=4",
             "checkpoint.every_steps=2"]
-    whole, cut = (shared(adapted, "llama", name, *sets) for name in ("whole", "cut"))
+    whole, cut, late = (shared(adapted, "llama", name, *sets) for name in ("whole", "cut", "late"))
     launch(adapted / "whole", [whole], 2)
     ended = Path(whole["path"])
-    shutil.copytree(ended, cut["path"])
-    for left in ("model", "ema", "csv"):
-        shutil.rmtree(Path(cut["path"]) / left)
-    (Path(cut["path"]) / "result.json").unlink()
-    launch(adapted / "cut", [cut | {"resume": True}], 2)
-    result = json.loads((Path(cut["path"]) / "result.json").read_text())
-    assert result["resumed_from"] == [2]
-    for name in ("model", "ema"):
-        one, other = (Path(path) / name / "model.safetensors" for path in (ended, cut["path"]))
-        assert one.read_bytes() == other.read_bytes(), name
+    for left in (cut, late):
+        shutil.copytree(ended, left["path"])
+        for name in ("model", "ema", "csv"):
+            shutil.rmtree(Path(left["path"]) / name)
+        (Path(left["path"]) / "result.json").unlink()
+    shutil.rmtree(Path(cut["path"]) / "checkpoints" / "step-000004")
+    launch(adapted / "cut", [cut | {"resume": True}, late | {"resume": True}], 2)
+    for left, step in ((cut, 2), (late, 4)):
+        result = json.loads((Path(left["path"]) / "result.json").read_text())
+        assert result["resumed_from"] == [step]
+        for name in ("model", "ema"):
+            one, other = (Path(path) / name / "model.safetensors" for path in (ended, left["path"]))
+            assert one.read_bytes() == other.read_bytes(), (step, name)
     assert (ended / "model" / "model.safetensors").read_bytes() != (ended / "ema" / "model.safetensors").read_bytes()
     lines = [(Path(path) / "csv" / "score_mean.csv").read_text() for path in (ended, cut["path"])]
     assert lines[0] == lines[1] and len(lines[0].splitlines()) == 5  # no step twice

@@ -163,7 +163,8 @@ class Session:
         late = settings.every_minutes and time.monotonic() - self._saved > 60 * settings.every_minutes
         asked, late = self.largest(bool(self.watch.asked), bool(late and self.is_main))
         counted = settings.every_steps and step % settings.every_steps == 0
-        if asked or step < self.total and (late or counted):
+        last = step == self.total and (settings.every_steps or settings.every_minutes)  # before evaluation and export
+        if asked or late or counted or last:
             save_checkpoint(self.run.checkpoints, self.engines, settings.keep, step=step,
                             elapsed=time.time() - self.started, state=state or {})
             self._saved = time.monotonic()
