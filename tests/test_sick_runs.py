@@ -40,7 +40,7 @@ CASES = {  # name -> what is made sick in the code, and in the settings, and wha
     "long is good": (["long is good"], [*HARD, "ppo.max_steps=12"], {"length", "entropy"}),
     "growing": (["growing"], [*HARD, "ppo.max_steps=6"], {"score scale"}),
     "no leash": ([], ["ppo.max_steps=24", "ppo.lr_actor=0.01", "ppo.kl_coef=0", "ppo.ppo_epochs=4"],
-                 {"EOS rate", "ends"}),
+                 {"EOS rate", "ends", "distance"}),
 }
 
 LATE = {"scores", "advantages"}
