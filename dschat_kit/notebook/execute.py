@@ -99,11 +99,13 @@ def own_kernel(mark: dict[str, str]) -> type:
     """A kernel manager whose kernel is this interpreter, whatever kernels are installed, and carries `mark`."""
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
-    quiet = "--log-level=50"  # every shutdown begins with an interrupt, which a kernel would report as an error
+    quiet = "--log-level=50"  # every shutdown begins with an interrupt, which a kernel would report as an error,
+    start = ("import logging, runpy; logging.getLogger('tornado').setLevel('CRITICAL'); "  # and so would its event loop
+             "runpy.run_module('ipykernel_launcher', run_name='__main__')")
 
     class OwnKernel(AsyncKernelManager):
         kernel_spec = KernelSpec(
-            argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", quiet], language="python",
+            argv=[sys.executable, "-c", start, "-f", "{connection_file}", quiet], language="python",
             env={"PATH": own_path(), "DSCHAT_HEADLESS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1", **mark})
 
     return OwnKernel
