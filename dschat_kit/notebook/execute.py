@@ -99,9 +99,9 @@ def own_kernel(mark: dict[str, str]) -> type:
     """A kernel manager whose kernel is this interpreter, whatever kernels are installed, and carries `mark`."""
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
-    quiet = "--log-level=50"  # every shutdown begins with an interrupt, which a kernel would report as an error,
-    start = ("import logging, runpy; logging.getLogger('tornado').setLevel('CRITICAL'); "  # and so would its event loop
-             "runpy.run_module('ipykernel_launcher', run_name='__main__')")
+    # Every shutdown begins with an interrupt, which a kernel and its event loop would report as an error.
+    quiet, start = "--log-level=50", ("import logging, runpy; logging.getLogger('tornado').setLevel('CRITICAL'); "
+                                      "runpy.run_module('ipykernel_launcher', run_name='__main__')")
 
     class OwnKernel(AsyncKernelManager):
         kernel_spec = KernelSpec(
