@@ -3,6 +3,7 @@
 #
 #   bash env/run.sh [arguments of `dschat run`]      e.g. --set ppo.kl_coef=0.1 --run-root /data/first
 set -euo pipefail
+unset PYTHONDONTWRITEBYTECODE  # without bytecode every process takes seconds longer to start
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 bash "$root/env/setup.sh"

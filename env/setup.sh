@@ -18,7 +18,7 @@ stamp=$venv/dschat-setup
 torch_pin=$(grep -E '^torch==' "$root/env/constraints.txt")
 
 # Settings of the caller's shell that would send pip or Python to another place than .venv.
-unset PYTHONHOME PYTHONPATH PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV PIP_USER
+unset PYTHONHOME PYTHONPATH PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV PIP_USER PYTHONDONTWRITEBYTECODE
 export PYTHONNOUSERSITE=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 
 say() { printf 'setup: %s\n' "$*"; }
@@ -175,7 +175,7 @@ for info in "$venv"/lib/python3*/site-packages/*.dist-info; do
     rm -rf -- "$info"
   fi
 done
-# Python compiles what is imported when it is imported; compiling all 16,000 files here would double the time.
+# Compiling all 16,000 files here would double the time; what a rank and a kernel import is compiled below.
 install=(install --no-compile --constraint "$root/env/constraints.txt" ${pip_args[@]+"${pip_args[@]}"})
 if stamped other-build; then
   # pip would keep another build of the same version. Until the new one is in, the stamp fits nothing.
@@ -188,6 +188,13 @@ pip_step "1/3 $torch_pin" "${install[@]}" "$torch_pin"
 pip_step "2/3 everything else" "${install[@]}" setuptools "${requirements[@]}"
 pip_step "3/3 dschat_kit itself" "${install[@]}" --no-deps --no-build-isolation --editable "$root"
 mend_scripts
+# Python compiles what is imported when it is imported, but many images set PYTHONDONTWRITEBYTECODE: without this, every
+# rank of every launch would take 10 s longer to start.
+begun_import=$SECONDS
+"$python" -c 'import dschat_kit.train.ppo, ipykernel.kernelapp, jupyterlab.labapp, papermill, matplotlib.figure' \
+  >>"$log" 2>&1 || { tail -n 25 "$log" >&2; die "what was installed cannot be imported; the lines above say why" \
+  "  change: remove .venv and run this again"; }
+say "first import: $((SECONDS - begun_import)) s"
 stamped write "$@"
 build_found
 say "set-up took $((SECONDS - begun)) s"

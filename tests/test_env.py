@@ -37,6 +37,7 @@ case "$1 $2" in
     fi
     if [[ $* == *--editable* ]]; then printf '#!%s\\nprint("ds")\\n' "$here/python" > "$here/deepspeed"; fi
     ;;
+*"import dschat_kit"*) echo "import, bytecode ${PYTHONDONTWRITEBYTECODE-is written}"; exit "${FAKE_IMPORT:-0}" ;;
 *) exec "REAL" "$@" ;;
 esac
 """
@@ -147,6 +148,18 @@ def test_a_failing_pip_shows_its_words_and_the_next_call_goes_on(checkout):
     done = setup(checkout)
     assert done.returncode == 0 and "numpy-2.4.6 was left half installed" in done.stdout and not half.exists()
     assert "making .venv" not in done.stdout
+
+
+def test_what_a_rank_imports_is_compiled_whatever_the_shell_says(checkout):
+    done = setup(checkout, PYTHONDONTWRITEBYTECODE="1")
+    assert done.returncode == 0 and "setup: first import: " in done.stdout
+    assert (checkout[0] / ".venv" / "setup.log").read_text().endswith("import, bytecode is written\n")
+
+
+def test_what_cannot_be_imported_is_no_finished_setup(checkout):
+    done = setup(checkout, FAKE_IMPORT="1")
+    assert done.returncode == 1 and "cannot be imported" in done.stderr and "change:" in done.stderr
+    assert not (checkout[0] / ".venv" / "dschat-setup").exists()
 
 
 def test_an_interrupted_setup_ends_pip_and_leaves_no_stamp(checkout):

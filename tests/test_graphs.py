@@ -17,5 +17,6 @@ def test_a_step_asks_for_no_value(architecture):
     kv = KVSlots(4, 32)
     steps = GraphedSlots(model, kv, torch.device("meta"), capture=False)
     with torch.no_grad():
-        steps.admit([torch.zeros(3, dtype=torch.long, device="meta")] * 2, [0, 1])
+        prompts = torch.zeros(2, 3, dtype=torch.long, device="meta")
+        steps.admit(prompts, torch.ones_like(prompts), [0, 1])
         assert steps._forward(16).shape == (4, model.config.vocab_size)

@@ -52,11 +52,12 @@ class KVSlots:
 
     def place(self, rows: list[int]) -> None:
         """Give each row a slot, which the prefill that follows writes."""
-        slots = []
-        for row in rows:
-            index = next(i for i, tile in enumerate(self.tiles) if len(tile) < min(TILE, self.slots - TILE * i))
-            slots.append(TILE * index + len(self.tiles[index]))
-            self.tiles[index].append(row)
+        slots, left = [], list(rows)
+        for index, tile in enumerate(self.tiles):
+            free = min(TILE, self.slots - TILE * index) - len(tile)
+            some, left = left[:free], left[free:]
+            slots += range(TILE * index + len(tile), TILE * index + len(tile) + len(some))
+            tile += some
         self._filled = torch.tensor(slots)
 
     def places(self) -> list[int]:
@@ -80,14 +81,18 @@ class KVSlots:
                 start += len(tile)
         self._positions = positions
 
-    def retire(self, row: int, used: int) -> None:
-        """Free the row's slot: the last row of its tile moves there, with its first `used` columns."""
-        index, place = next((i, tile.index(row)) for i, tile in enumerate(self.tiles) if row in tile)
-        last = self.tiles[index].pop()
-        if last != row:
-            self.tiles[index][place] = last
-            target, source = TILE * index + place, TILE * index + len(self.tiles[index])
-            for memory in (memory for pair in self._layers.values() for memory in pair):
+    def retire(self, rows: list[int], used: int) -> None:
+        """Free the rows' slots: the last rows of a tile move into the gaps, with their first `used` columns."""
+        gone, moves = set(rows), []
+        for index, tile in enumerate(self.tiles):
+            stay = [place for place, row in enumerate(tile) if row not in gone]
+            gaps = [place for place in range(len(stay)) if tile[place] in gone]
+            for gap, place in zip(gaps, stay[len(stay) - len(gaps):], strict=True):
+                tile[gap] = tile[place]
+                moves.append((TILE * index + gap, TILE * index + place))
+            del tile[len(stay):]
+        for memory in (memory for pair in self._layers.values() for memory in pair):
+            for target, source in moves:
                 memory[target, :, :used] = memory[source, :, :used]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float,

@@ -37,13 +37,14 @@ class Slots:
         free = self.kv.slots - len(self.rows)
         return free if free >= self.kv.slots // 8 or not self.rows else 0
 
-    def admit(self, prompts: list[Tensor], rows: list[int]) -> Tensor:
-        """(len(prompts), V) logits of the first response tokens; `rows` holds every sample of each prompt."""
+    def admit(self, ids: Tensor, mask: Tensor, rows: list[int]) -> Tensor:
+        """(prompts, V) logits of the first response tokens to `ids`, prompts padded on the left to the longest; `rows`
+        holds every sample of each."""
         self.kv.place(rows)
-        ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-        last = torch.tensor([[len(prompt) - 1] for prompt in prompts], device=ids.device)
+        first, last = mask.int().argmax(1, keepdim=True), ids.shape[1] - 1
         positions = torch.arange(ids.shape[1], device=ids.device)[None].expand(ids.shape)
-        return self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=last,
+        ids = ids.gather(1, (first + positions).clamp(max=last))
+        return self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=last - first,
                           cache=self.kv).logits[:, 0]
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -54,8 +55,7 @@ class Slots:
 
     def retire(self, stopped: list[int], used: int) -> None:
         """Give the places of rows free; no row holds more than `used` tokens."""
-        for row in stopped:
-            self.kv.retire(row, used)
+        self.kv.retire(stopped, used)
 
 
 class Plain:
@@ -69,12 +69,9 @@ class Plain:
         """Rows that can be admitted now."""
         return 0 if self.rows else self.slots
 
-    def admit(self, prompts: list[Tensor], rows: list[int]) -> Tensor:
+    def admit(self, ids: Tensor, mask: Tensor, rows: list[int]) -> Tensor:
         """As Slots.admit."""
-        self.rows, copies = list(rows), len(rows) // len(prompts)
-        ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side="left")
-        real = [torch.ones_like(prompt, dtype=torch.bool) for prompt in prompts]
-        mask = nn.utils.rnn.pad_sequence(real, batch_first=True, padding_side="left")
+        self.rows, copies = list(rows), len(rows) // len(ids)
         self.cache = DynamicCache(config=self.model.config)
         logits = self._forward(ids, mask)
         self.cache.batch_repeat_interleave(copies)
@@ -159,29 +156,31 @@ def decode(steps: Slots | Plain, request: KitRequest, sampling: KitSampling) -> 
 
     Raises RunError naming row and token when the model gives no finite logits.
     """
-    mask, n = request.prompt_attention_mask.bool(), sampling.n_samples_per_prompt
-    prompts = [ids[real] for ids, real in zip(request.prompt_ids, mask, strict=True)]
-    lengths, said = torch.tensor([len(prompt) for prompt in prompts], device=mask.device), _Responses(request, sampling)
-    waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    mask, n, said = request.prompt_attention_mask.bool(), sampling.n_samples_per_prompt, _Responses(request, sampling)
+    lengths = mask.sum(1)
+    waiting = lengths.argsort(descending=True, stable=True).tolist()
     while waiting or steps.rows:
-        group = _group(waiting, prompts, steps.room() // n)
+        group = _group(waiting, lengths, steps.room() // n)
         if group:
             rows = [i * n + sample for i in group for sample in range(n)]
-            logits = steps.admit([prompts[i] for i in group], rows).repeat_interleave(n, 0)
+            index = torch.tensor(rows, device=lengths.device)
+            columns = slice(mask.shape[1] - int(lengths[group[0]]), None)
+            logits = steps.admit(request.prompt_ids[group, columns], mask[group, columns], rows).repeat_interleave(n, 0)
         else:
             rows = steps.rows
             index = torch.tensor(rows, device=lengths.device)
             place = said.count[index] - 1
             logits = steps.step(said.tokens[index, place], lengths[index // n] + place)
-        used = max(len(prompts[row // n]) for row in steps.rows) + int(said.count.max())
-        steps.retire(said.take(rows, logits), used)
+        stopped = said.take(rows, logits)
+        if stopped:
+            steps.retire(stopped, int((lengths[index // n] + said.count[index]).max()))
     return said.batch(request)
 
 
-def _group(waiting: list[int], prompts: list[Tensor], room: int) -> list[int]:
+def _group(waiting: list[int], lengths: Tensor, room: int) -> list[int]:
     """Take the next prompts of similar length off the waiting list: at most `room`, PREFILL_TOKENS in all."""
     if not waiting or room == 0:
         return []
-    count = min(room, max(1, PREFILL_TOKENS // len(prompts[waiting[0]])))
+    count = min(room, max(1, PREFILL_TOKENS // int(lengths[waiting[0]])))
     group, waiting[:] = waiting[:count], waiting[count:]
     return group

@@ -55,7 +55,7 @@ def _locate(model: nn.Module, plain: Tensor, request: KitRequest) -> str | None:
 def _feed(model: nn.Module, tokens: Tensor, first: int) -> None:
     """One row through the fast path: its `first` tokens as a prompt, the others one by one."""
     steps = Slots(model, KVSlots(1, len(tokens)))
-    steps.admit([tokens[:first]], [0])
+    steps.admit(tokens[None, :first], torch.ones_like(tokens[None, :first]), [0])
     for place in torch.arange(first, len(tokens), device=tokens.device):
         steps.step(tokens[place, None], place[None])
 

@@ -53,7 +53,7 @@ class Streamed:
         plain = self(input_ids=torch.cat([prompt, prompt[-1:]])[None], use_cache=False).logits[:, -1].float()
         self.set_attn_implementation(ATTENTION)
         steps = Slots(self, KVSlots(1, len(prompt) + 1))
-        steps.admit([prompt], [0])
+        steps.admit(prompt[None], torch.ones_like(prompt[None]), [0])
         ours = steps.step(prompt[-1:], torch.tensor([len(prompt)], device=self.device))
         error = float((ours.float() - plain).abs().max() / plain.abs().max())
         return None if error <= TOLERANCE[ours.dtype] else f"logits differ by {error:.2g} of the largest"
