@@ -141,7 +141,7 @@ def check_streamed(architecture: str, adapters: bool) -> None:
             assert torch.allclose(batch.logprobs, whole.logprobs, atol=1e-5)
             assert all(parameter.is_meta for parameter in engine_of_steps.replica.model.parameters())
         assert engine_of_steps.gather == "step"
-        assert engine_of_steps.path == ("plain" if architecture == "bloom" else "slots"), engine_of_steps.reason
+        assert engine_of_steps.path == ("plain" if architecture == "gemma2" else "slots"), engine_of_steps.reason
     assert all(torch.equal(one, two) for one, two in zip(before, state_of(engine), strict=True))
     assert model.training and model.config._attn_implementation == attention
     empty = request(lengths=(3,))
@@ -211,7 +211,7 @@ if __name__ == "__main__":
     check_split(0, False)
     check_split(3, True)
     free_memory = hybrid_module.free_memory
-    for architecture, lora in (("opt", False), ("llama", True), ("bloom", False)):
+    for architecture, lora in (("opt", False), ("llama", True), ("bloom", False), ("gemma2", False)):
         check_streamed(architecture, lora)
         hybrid_module.free_memory = free_memory
     check_streamed_on_a_shared_base(Path(sys.argv[-1]))

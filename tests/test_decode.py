@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import response_logits
 from tiny_models import SHAPES, VOCABULARY, causal_lm, tokenizer
-from transformers import AttentionInterface
 
-from dschat_kit.engine.attention import ATTENTION, FAMILIES, KVSlots, attend
+from dschat_kit.engine.attention import ATTENTION, FAMILIES, KVSlots, take_slots
 from dschat_kit.engine.decode import Plain, Slots, decode
 from dschat_kit.engine.graphs import GraphedSlots
 from dschat_kit.engine.rollout_types import KitRequest, KitSampling
@@ -39,7 +38,7 @@ def plain_attention(model):
 
 def run(model, asked, sampling=SAMPLING, slots=64, path="slots"):
     """Decode with plain transformers (`plain`), the slots of memory (`slots`), or as a graph would (`graph`)."""
-    AttentionInterface.register(ATTENTION, attend)
+    take_slots(model)
     fast = path != "plain" and model.config.model_type in FAMILIES
     model.set_attn_implementation(ATTENTION if fast else plain_attention(model))
     try:

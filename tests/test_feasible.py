@@ -1,10 +1,15 @@
 """What cannot work is refused before a rank starts, with its reason: dtypes, adapters' targets, extras, own JSON."""
 
 import dataclasses
+import http.server
 import importlib.util
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 from tiny_models import causal_lm, folder
@@ -59,11 +64,108 @@ def test_norms_embeddings_and_heads_take_no_adapters(tmp_path, family, bad):
         add_adapters(causal_lm(family), pipeline.lora, 0)
 
 
-def test_random_weights_have_targets_too_and_a_name_of_the_hub_is_left_to_the_ranks():
+def test_random_weights_have_targets_too():
     refuse(Pipeline().with_overrides(["lora.rank=2", "lora.targets=gate_proj"]), CPU)
     with pytest.raises(ConfigError, match="c_attn"):
         refuse(Pipeline().with_overrides(["lora.rank=2", "lora.targets=c_attn"]), CPU)
-    assert weight_names("facebook/opt-125m") == []
+
+
+@pytest.mark.parametrize("family, size, said", [
+    ("scratch", 2, None), ("scratch", 3, "3 for num_attention_heads 4, .*expected: multiples of 3"),
+    ("opt", 2, None), ("opt", 4, None), ("llama", 4, "num_key_value_heads 2, "),
+    ("gpt2", 2, "2 for a gpt2\n.*one of opt"), ("bloom", 2, "2 for a bloom")])
+def test_weights_that_no_ranks_can_share_in_generation_are_refused(tmp_path, family, size, said):
+    pipeline = Pipeline().with_overrides([f"rollout.inference_tp_size={size}", *(
+        [] if family == "scratch" else [f"model.name={folder(tmp_path, family)}"])])
+    if said is None:
+        refuse(pipeline, CPU)
+        return
+    with pytest.raises(ConfigError, match=re.compile(said, re.S)) as caught:
+        refuse(pipeline, CPU)
+    assert "--set rollout.inference_tp_size=1" in str(caught.value)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """One model, as huggingface.co serves it."""
+    place, asked = None, []
+
+    def do_HEAD(self):
+        self.answer(self.path.partition("/resolve/main/")[2], body=False)
+
+    def do_GET(self):
+        if self.path.startswith("/api/models/owner/name"):
+            self.send(json.dumps({"id": "owner/name", "sha": "0" * 40}).encode(), "application/json")
+        else:
+            self.answer(self.path.partition("/resolve/main/")[2], body=True)
+
+    def answer(self, name, body):
+        Hub.asked.append(name)
+        path = self.place / (name or "nothing")
+        if self.path != "/" and not (self.path.startswith("/owner/name/") and path.is_file()):
+            self.send(b"", status=404, **{"X-Error-Code": "EntryNotFound"})
+            return
+        content = path.read_bytes() if self.path != "/" else b""
+        first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+        part = content[int(first):int(last) + 1 if last else None]
+        self.send(part, body=body, status=206 if "Range" in self.headers else 200,
+                  **{"ETag": f'"{hash(content)}"', "X-Repo-Commit": "0" * 40})
+
+    def send(self, content, kind="application/octet-stream", status=200, body=True, **headers):
+        self.send_response(status)
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """(environment of a program that asks a Hub on this machine, its cache); the Hub has owner/name, a Llama."""
+    Hub.place, Hub.asked = folder(tmp_path / "served"), []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    cache = tmp_path / "cache"
+    yield {"PATH": os.environ["PATH"], "PYTHONPATH": ":".join(sys.path), "HF_HUB_CACHE": str(cache), "DS_ACCELERATOR":
+           "cpu", "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1"}, cache
+    server.shutdown()
+
+
+def asked_of(environment, *settings):
+    done = subprocess.run([sys.executable, "-c", "import sys\nfrom dschat_kit.config import Pipeline\n"
+                           "from dschat_kit.feasible import refuse\nfrom dschat_kit.machine import detect\n"
+                           "refuse(Pipeline().with_overrides(sys.argv[1:]), detect())", "model.name=owner/name",
+                           *settings], env=environment, capture_output=True, text=True, timeout=60)
+    return done.stderr
+
+
+def test_a_name_of_the_hub_is_refused_before_a_rank_starts_too(hub):
+    environment, _ = hub
+    assert asked_of(environment, "lora.rank=2", "lora.targets=q_proj", "rollout.inference_tp_size=2") == ""
+    said = asked_of(environment, "lora.rank=2", "lora.targets=c_attn")
+    assert "'c_attn', which matches no module of owner/name" in said and "q_proj" in said.split("expected:")[1]
+    assert "3 for num_attention_heads 4" in asked_of(environment, "rollout.inference_tp_size=3")
+
+
+def test_a_model_in_the_cache_of_the_hub_needs_no_network(hub):
+    environment, cache = hub
+    snapshot = cache / "models--owner--name" / "snapshots" / ("0" * 40)
+    shutil.copytree(Hub.place, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    said = asked_of(environment, "lora.rank=2", "lora.targets=c_attn")
+    assert "'c_attn', which matches no module of owner/name" in said and not Hub.asked
+
+
+@pytest.mark.parametrize("name", ["owner/other", "/no/such/folder", "three/part/name"])
+def test_a_model_that_is_nowhere_is_left_to_loading_which_says_so(hub, name):
+    environment, _ = hub
+    for endpoint in (environment["HF_ENDPOINT"], "http://127.0.0.1:9"):
+        assert asked_of(environment | {"HF_ENDPOINT": endpoint}, f"model.name={name}", "lora.rank=2",
+                        "lora.targets=c_attn", "rollout.inference_tp_size=3") == ""
 
 
 def test_a_damaged_weight_file_is_named(tmp_path):

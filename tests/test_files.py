@@ -141,12 +141,12 @@ def test_a_name_of_the_hub(monkeypatch):
             raise RuntimeError("Dataset scripts are no longer supported")
         return datasets.DatasetDict({"test": rows.select([0]), "train": rows.select([1]), "dev": rows.select([0])})
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(files, "_hub_answers", lambda: True)
+    monkeypatch.setattr(files, "hub_answers", lambda: True)
     assert [(r.turns[0][1], r.part) for r in read_source("Anthropic/hh-rlhf", "hh", Data(), 0)] == [
         ("0", "eval"), ("0", "eval"), ("1", "")]
     assert asked == [("Anthropic/hh-rlhf", {}, False),
                      ("Anthropic/hh-rlhf", {"revision": "refs/convert/parquet"}, False)]
-    monkeypatch.setattr(files, "_hub_answers", lambda: False)
+    monkeypatch.setattr(files, "hub_answers", lambda: False)
     assert list(files._load_hub("Cohere/miracl-zh-queries-22-12")) == ["train", "dev"]  # a testB has no judgments
     assert asked[-1][2] and not datasets.config.HF_HUB_OFFLINE  # its cache is asked, without retries
     files._load_hub("Hello-SimpleAI/HC3-Chinese")

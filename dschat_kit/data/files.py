@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dschat_kit.data.formats import HUB, BadRow
+from dschat_kit.feasible import hub_answers
 from dschat_kit.runs import RunError, held_out, source_files
 
 __all__ = ["DataError", "Rows", "hub_fingerprint", "raw_rows"]
@@ -119,7 +120,7 @@ def _load_hub(name: str) -> dict:
     known = {"path": name} | (HUB[name].hub if name in HUB else {})
     only, offline = known.pop("splits", ""), datasets.config.HF_HUB_OFFLINE
     try:
-        datasets.config.HF_HUB_OFFLINE = offline or not _hub_answers()  # then its cache is asked, without retries
+        datasets.config.HF_HUB_OFFLINE = offline or not hub_answers()  # then its cache is asked, without retries
         with _reading(f"{name!r} cannot be loaded", "toy, a local file, a folder (./NAME), or a data set of the Hub"):
             try:
                 found = datasets.load_dataset(**known)
@@ -128,15 +129,6 @@ def _load_hub(name: str) -> dict:
             return {split: found[split] for split in (only.split(",") if only else found)}
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
-
-
-def _hub_answers() -> bool:
-    from huggingface_hub import constants, get_session
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-        return True
-    except Exception:  # noqa: BLE001 the kind is that of the version's HTTP library; whichever, there is no answer
-        return False
 
 
 def _splits(name: str, parts: dict) -> Rows:

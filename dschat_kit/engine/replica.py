@@ -12,16 +12,15 @@ from contextlib import nullcontext
 import deepspeed
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
-from dschat_kit.engine.attention import ATTENTION, attend
+from dschat_kit.engine.attention import take_slots
 from dschat_kit.engine.tensor_parallel import TensorParallel
 from dschat_kit.models.lora import ACTOR, merged_weight
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer that multiplies with a copy of its weight in the order in which oneDNN's kernels read it; otherwise
-    every call brings the weight into that order, or reads it in a worse one. No gradient."""
+    """A linear layer that multiplies with a copy of its weight in the order in which oneDNN's kernels read it;
+    otherwise every call brings the weight into that order, or reads it in a worse one. No gradient."""
 
     packed: Tensor | None = None
 
@@ -50,11 +49,10 @@ class Replica:
     """
 
     def __init__(self, source: nn.Module, dtype: torch.dtype, parallel: TensorParallel | None = None):
-        AttentionInterface.register(ATTENTION, attend)
         self.source, self.dtype, self.parallel = source, dtype, parallel
         config = copy.deepcopy(source.config)
         with torch.device("meta"):
-            self.model = type(source)(config).eval().requires_grad_(False)
+            self.model = take_slots(type(source)(config).eval().requires_grad_(False))
         if parallel:
             parallel.split(self.model)
         self._bytes = sum(parameter.numel() for parameter in self.model.parameters()) * dtype.itemsize

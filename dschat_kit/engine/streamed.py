@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dschat_kit.engine.attention import ATTENTION, KVSlots
+from dschat_kit.engine.attention import ATTENTION, KVSlots, take_slots
 from dschat_kit.engine.decode import Slots
 from dschat_kit.engine.parity import TOLERANCE
 from dschat_kit.engine.rollout_types import KitRequest
@@ -25,7 +25,7 @@ class Streamed:
 
     def __enter__(self) -> "Streamed":
         self._training = self.module.training
-        self.module.eval()  # no activation is checkpointed
+        take_slots(self.module).eval()  # no activation is checkpointed
         return self
 
     def __exit__(self, kind, *exc) -> None:

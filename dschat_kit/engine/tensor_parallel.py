@@ -13,12 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dschat_kit.engine.rollout_types import KitBatch, KitRequest
+from dschat_kit.feasible import check_split
 from dschat_kit.runs import RunError
 
-__all__ = ["FAMILIES", "SummedLinear", "TensorParallel"]
+__all__ = ["SummedLinear", "TensorParallel"]
 
-FAMILIES = ("opt", "llama", "qwen2", "qwen3", "mistral", "gemma")
-"""Model types whose queries, keys and values are matrices of their own, split by heads as they stand."""
 SECOND = ("o_proj", "out_proj", "down_proj", "fc2")
 
 
@@ -37,21 +36,15 @@ class SummedLinear(nn.Linear):
 class TensorParallel:
     """This rank's group of `size` consecutive ranks, and its part of each weight; every rank has to build it.
 
-    Raises RunError for a family, a number of ranks or of heads that cannot be split so.
+    Raises ConfigError for a family or heads that cannot be split so, RunError for such a number of ranks.
     """
 
     def __init__(self, size: int, config):
-        world, text = dist.get_world_size(), config.get_text_config()
-        heads = [getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads",
-                                                        "intermediate_size", "ffn_dim")]
-        for got, good, expected in ((config.model_type, config.model_type in FAMILIES, f"one of {', '.join(FAMILIES)}"),
-                                    (f"{world} ranks", world % size == 0, f"a multiple of {size}"),
-                                    (f"heads and widths {[h for h in heads if h]}",
-                                     all(h % size == 0 for h in heads if h),
-                                     f"multiples of {size}")):
-            if not good:
-                raise RunError(f"rollout.inference_tp_size={size}: got {got}\n  expected: {expected}\n"
-                               "  change: rollout.inference_tp_size=1")
+        world = dist.get_world_size()
+        check_split(size, config.to_dict())
+        if world % size:
+            raise RunError(f"rollout.inference_tp_size={size}: got {world} ranks\n  expected: a multiple of {size}\n"
+                           "  change: rollout.inference_tp_size=1")
         groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world, size)]
         self.size, self.place, self.group = size, dist.get_rank() % size, groups[dist.get_rank() // size]
         self._dimension: dict[str, int] = {}
