@@ -27,6 +27,8 @@ def build_engine(model: nn.Module, pipeline: Pipeline, *, lr: float, batch_size:
                       weight_decay=weight_decay)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=parameters, config=config)
     engine.train()  # from_pretrained leaves eval mode, in which transformers checkpoints no activation; dropout is off
+    if engine.zero_optimization_stage() == 0 and world_size == 1:
+        engine.enable_backward_allreduce = False  # it would copy all gradients together and back, for nobody
     if engine.zero_optimization_stage() == 0 and pipeline.model.dtype == "fp32":
         def clip() -> None:  # as DeepSpeed's own in this case, which forgets the norm
             engine._global_grad_norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
