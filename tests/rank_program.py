@@ -19,6 +19,7 @@ from dschat_kit.models import saving
 from dschat_kit.rlhf.experience import Experience
 from dschat_kit.runs import StageRun, write_json
 from dschat_kit.train import dpo, judge, ppo, rank, reward, sft
+from dschat_kit.train.ppo_metrics import over_ranks
 from dschat_kit.train.session import Session
 from dschat_kit.train.watch import Watch
 
@@ -83,8 +84,8 @@ def replay(session: Session, saved_average: str) -> dict:
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     closed = {name: value.double().clone() for name, value in full_state_dict(model, session.is_main).items()}
     for _ in range(STEPS):
-        rows.append(ppo.update(session, roles, mine, session.pipeline.ppo, 1.0,
-                               {"lr_actor": 1e-3, "lr_critic": 1e-3}))
+        rows += over_ranks(session, [ppo.update(session, roles, mine, session.pipeline.ppo, 1.0,
+                                                {"lr_actor": 1e-3, "lr_critic": 1e-3})])
         ema.update()
         state = full_state_dict(model, session.is_main)
         closed = {name: DECAY * closed[name] + (1 - DECAY) * state[name].double() for name in state}

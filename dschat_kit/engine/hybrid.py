@@ -180,6 +180,10 @@ class HybridEngine(RolloutEngine):
             if problem:
                 raise problem
             return
+        wrong = torch.tensor(int(problem is not None), device=self.engine.device)
+        dist.all_reduce(wrong, dist.ReduceOp.MAX)
+        if not wrong:
+            return
         found: list = [None] * dist.get_world_size()
         dist.all_gather_object(found, problem and str(problem))
         for rank, text in enumerate(found):

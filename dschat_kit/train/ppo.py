@@ -31,7 +31,7 @@ from dschat_kit.rlhf.losses import policy_loss, sft_loss, value_loss
 from dschat_kit.rlhf.rewards import next_kl_coef
 from dschat_kit.rlhf.rollout import Roles, Scored, make_experience, score_responses
 from dschat_kit.runs import open_run
-from dschat_kit.train.ppo_metrics import Clock, add_metrics, rollout_metrics, summary, work_of
+from dschat_kit.train.ppo_metrics import Clock, add_metrics, over_ranks, rollout_metrics, summary, work_of
 from dschat_kit.train.prompts import (
     PromptFeed,
     TextFeed,
@@ -123,6 +123,7 @@ def iterate(session: Session, roles: Roles, hybrid: HybridEngine, request: KitRe
     lrs = learning_rates(settings, step)
     updates = [update(session, roles, part, settings, sampling.temperature, lrs,
                       texts.at(step * len(parts) + i) if texts else (), ema, objective) for i, part in enumerate(parts)]
+    updates = over_ranks(session, updates)
     clock.lap("training")
     return batch, scored, experience, updates
 
@@ -175,7 +176,7 @@ def update(session: Session, roles: Roles, minibatch: Experience, settings: Ppo,
            lrs: dict[str, float], texts: Sequence[SequenceBatch] = (), ema: Ema | None = None,
            objective: Callable | None = None) -> dict:
     """One optimiser step of actor and critic on one minibatch, the actor's on `texts` too (one batch a micro batch),
-    and one of the moving average; returns its metrics over all ranks."""
+    and one of the moving average; returns this rank's part of its metrics, for `over_ranks`."""
     tokens, text_tokens = session.sum(minibatch.response_mask.sum(), sum(text.response_mask.sum() for text in texts))
     totals = {}
     for role in ("actor", "critic"):
@@ -197,9 +198,7 @@ def update(session: Session, roles: Roles, minibatch: Experience, settings: Ppo,
         totals = add_metrics(totals, found)
     if ema is not None:
         ema.update()
-    ratio_max, = session.largest(totals.pop("ratio_max"))
-    row = dict(zip(totals, session.sum(*totals.values()), strict=True)) | {"ratio_max": ratio_max}
-    return row | {f"grad_norm_{role}": grad_norm(engine) for role, engine in vars(roles).items()
+    return totals | {f"grad_norm_{role}": grad_norm(engine) for role, engine in vars(roles).items()
                   if role in ("actor", "critic") and engine is not None}
 
 

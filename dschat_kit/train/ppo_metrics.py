@@ -13,7 +13,7 @@ from dschat_kit.rlhf.rollout import Roles, Scored
 from dschat_kit.train.prompts import reused
 from dschat_kit.train.telemetry import forward_flop, peak_memory_mb
 
-__all__ = ["Clock", "add_metrics", "rollout_metrics", "summary", "work_of"]
+__all__ = ["Clock", "add_metrics", "over_ranks", "rollout_metrics", "summary", "work_of"]
 
 
 class Clock:
@@ -49,6 +49,16 @@ def add_metrics(totals: dict[str, float], metrics: dict) -> dict[str, float]:
     found = {name: float(value) for name, value in metrics.items()}
     return {name: max(totals.get(name, 0.0), value) if name == "ratio_max" else totals.get(name, 0.0) + value
             for name, value in found.items()}
+
+
+def over_ranks(session, updates: list[dict]) -> list[dict]:
+    """The metrics of optimiser steps from each rank's parts, in two exchanges for all of them: parts of means are
+    added, of `ratio_max` the largest counts, and every rank knows the gradients' norms."""
+    parts = [name for name in updates[0] if name != "ratio_max" and not name.startswith("grad_norm")]
+    sums = iter(session.sum(*(update[name] for update in updates for name in parts)))
+    highest = session.largest(*(update["ratio_max"] for update in updates))
+    return [update | {name: next(sums) for name in parts} | {"ratio_max": largest}
+            for update, largest in zip(updates, highest, strict=True)]
 
 
 def rollout_metrics(session, experience: Experience, scored: Scored, batch: KitBatch, updates: list[dict]) -> dict:
