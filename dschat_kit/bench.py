@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from dschat_kit.config import ConfigError
-from dschat_kit.machine import checkout
+from dschat_kit.machine import checkout, detect
 from dschat_kit.runs import RunError, read_json, write_json
 
 __all__ = ["add_arguments", "run"]
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--batch", type=int, default=64, metavar="ROWS", help="rows of each rank")
     option("--prompt-tokens", type=int, default=64, metavar="N", help="with --prompts: at most so many")
     option("--new-tokens", type=int, default=64, metavar="N", help="with --lengths FILE: at most so many")
-    option("--dtype", default="bf16", choices=("bf16", "fp32"))
+    option("--dtype", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where hardware multiplies it")
     option("--temperature", type=float, default=1.0)
     option("--prompts", type=Path, metavar="FILE", help="JSON lines with `prompt` (default: random tokens)")
     option("--lengths", default="fixed", metavar="fixed|FILE", help="JSON lines with `chosen`: rows end as those do")
@@ -50,46 +50,49 @@ def run(args) -> int:
             raise ConfigError(f"--{name.replace('_', '-')}: got {getattr(args, name)}\n  expected: at least {least}")
     spec = {name: getattr(args, name) for name in ("model", "zero", "batch", "prompt_tokens", "new_tokens", "dtype",
                                                    "temperature", "live_parameters", "repeats")}
+    args.dtype = spec["dtype"] = detect().dtype if args.dtype == "auto" else args.dtype
     spec |= {"what": args.kind, "engines": engines, "seed": 0, **_texts(args)}
     result = _launch(spec, args.ranks)
     every = {name: result["engines"].get(name) for name in ENGINES}
     ours = every["kit"]
     ratios = {f"ratio_to_{name}": ours["tokens_per_second"] / every[name]["tokens_per_second"]
               if ours and every[name] else None for name in ENGINES[1:]}
-    result = {**result, "engines": every, **ratios, "command": {**vars(args), "command": None},
-              "load": os.getloadavg()[0]}
+    result = {**result, "engines": every, **ratios, "tokenizer": spec.get("tokenizer"),
+              "command": {**vars(args), "command": None}, "load": os.getloadavg()[0]}
     print(json.dumps(result, default=str, indent=None if args.json else 2))
     return 0
 
 
 def _texts(args) -> dict:
-    """Token ids of the prompts and token counts of the responses in the named files."""
-    if args.prompts is None and args.lengths == "fixed":
+    """Token ids of the prompts and token counts of the responses in the named files. Random weights have no tokenizer:
+    theirs is a fetched one, or without any one that is trained on these texts."""
+    texts = {"prompt": [] if args.prompts is None else _rows(args.prompts, "prompt"),
+             "chosen": [] if args.lengths == "fixed" else _rows(Path(args.lengths), "chosen")}
+    if not any(texts.values()):
         return {}
-    from dschat_kit.data.tokenizer import open_tokenizer
-    folder = checkout() / "models"
-    own = [] if args.model.startswith("random:") else [Path(args.model)]
-    places = [place for place in (*own, *sorted(folder.glob("*"))) if (place / "tokenizer.json").exists()]
-    if not places and not own:
-        raise ConfigError("--prompts, --lengths: got texts but no tokenizer\n  expected: a model folder with one\n"
-                          "  change:   dschat fetch-model smollm2-135m, or --model FOLDER")
-    tokenizer, found = open_tokenizer(places[0] if places else args.model), {}
-    if args.prompts is not None:
-        found["prompt_ids"] = tokenizer([row["prompt"] for row in _rows(args.prompts, "prompt")])["input_ids"]
-    if args.lengths != "fixed":
-        chosen = tokenizer([row["chosen"] for row in _rows(Path(args.lengths), "chosen")])["input_ids"]
-        found["response_lengths"] = [len(ids) + 1 for ids in chosen]  # and EOS
-    return found
+    from dschat_kit.data.tokenizer import open_tokenizer, train_tokenizer
+    fetched = next((path.parent for path in sorted((checkout() / "models").glob("*/tokenizer.json"))), None)
+    if not args.model.startswith("random:"):
+        tokenizer, name = open_tokenizer(args.model), args.model
+    elif fetched:
+        tokenizer, name = open_tokenizer(fetched), fetched.name
+    else:
+        tokenizer, name = train_tokenizer([text for some in texts.values() for text in some], 8192), "trained on FILE"
+    ids = {column: tokenizer(some)["input_ids"] for column, some in texts.items() if some}
+    found = {"prompt_ids": ids["prompt"]} if "prompt" in ids else {}
+    if "chosen" in ids:
+        found["response_lengths"] = [len(row) + 1 for row in ids["chosen"]]  # and EOS
+    return found | {"tokenizer": name}
 
 
-def _rows(path: Path, column: str) -> list[dict]:
+def _rows(path: Path, column: str) -> list[str]:
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {error}\n  expected: JSON lines with {column!r}\n  change:   the file") from error
     if not rows or any(not isinstance(row, dict) or not row.get(column) for row in rows):
         raise ConfigError(f"{path}: a row has no {column!r}\n  expected: JSON lines with it\n  change:   the file")
-    return rows
+    return [row[column] for row in rows]
 
 
 def _launch(spec: dict, ranks: int) -> dict:

@@ -1,5 +1,6 @@
 """`dschat bench`: the work is the same for all, what is counted is what is useful, and bad input is said."""
 
+import argparse
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from test_decode import run
 from tiny_models import folder
 
+from dschat_kit import bench
 from dschat_kit.cli import main
 from dschat_kit.train.bench import Work, load_model, peak_anon_mb
 from dschat_kit.train.telemetry import weights_of
@@ -63,6 +65,19 @@ def test_bad_flags_are_said(flags, words, capsys, tmp_path):
     model = ["--model", str(folder(tmp_path))] if "--prompts" in flags else []
     assert main(["bench", "rollout", *model, *flags]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_texts_need_no_fetched_tokenizer(tmp_path, monkeypatch):
+    rows = [{"prompt": "the cow says " * n, "chosen": "moo " * n} for n in (1, 2, 30)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(bench, "checkout", lambda: tmp_path)
+    file = tmp_path / "rows.jsonl"
+    args = argparse.Namespace(model="random:tiny", prompts=file, lengths=str(file))
+    found = bench._texts(args)
+    assert found["tokenizer"] == "trained on FILE" and len(found["prompt_ids"]) == 3
+    assert found["response_lengths"][0] < found["response_lengths"][1] < found["response_lengths"][2]
+    folder(tmp_path / "models" / "some")
+    assert bench._texts(args)["tokenizer"] == "some"
 
 
 @pytest.mark.slow
