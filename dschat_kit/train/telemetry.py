@@ -63,11 +63,11 @@ def peak_memory_mb() -> float:
 
 @cache
 def matmul_peak(dtype: str, device: torch.device, size: int = 0) -> float:
-    """FLOP per second of a product of matrices `size` wide (0: large enough) on this rank, best of three, while the
+    """FLOP per second of a product of matrices `size` wide (0: large enough) on this rank, best of ten, while the
     other ranks do the same."""
     size = size or (8192 if device.type == "cuda" else 768)
     a, times = torch.ones(size, size, dtype=DTYPES[dtype], device=device), []
-    for _ in range(4):
+    for _ in range(11):
         begin = time.perf_counter()
         product = a @ a
         product[0, 0].item()
