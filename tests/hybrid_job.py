@@ -26,6 +26,7 @@ from dschat_kit.models.lora import add_adapters, merge_adapters, save_adapter
 from dschat_kit.models.scalar_model import ScalarModel
 from dschat_kit.rlhf.logprobs import response_logprobs
 from dschat_kit.runs import RunError
+from dschat_kit.sections import ConfigError
 
 
 def state_of(engine) -> list[torch.Tensor]:
@@ -98,11 +99,11 @@ def check_split(stage: int, adapters: bool) -> None:
     held = sum(parameter.numel() for parameter in split.replica.model.model.parameters())
     assert held < 0.75 * sum(parameter.numel() for parameter in causal_lm(model.config.model_type).model.parameters())
     try:
-        HybridEngine(engine, micro_batch_size=3, inference_tp_size=3)
-    except RunError as error:
-        assert "got 2 ranks" in str(error)
+        HybridEngine(engine, micro_batch_size=3, inference_tp_size=4)
+    except (RunError, ConfigError) as error:  # of the shape, where it has but two heads of keys
+        assert "got 2 ranks" in str(error) or "got 4 for num_attention_heads" in str(error)
     else:
-        raise AssertionError("three parts on two ranks are not refused")
+        raise AssertionError("four parts on two ranks are not refused")
     if rank == 0:
         print(f"ZeRO {stage} adapters {adapters}: split is whole", flush=True)
 
@@ -149,12 +150,12 @@ def check_streamed(architecture: str, adapters: bool) -> None:
     logits.forward = lambda hidden: honest(logits, hidden) + (float("nan") if rank else 0)
     refused(short, empty, "rank 1: the model gives no finite logits")  # and rank 0 is not left waiting
     del logits.forward
-    for _ in range(3):  # DeepSpeed looks at two, then gathers ahead
+    for _ in range(6):  # DeepSpeed looks at two, then gathers ahead, and keeps what it soon needs again
         logprobs, _ = response_logprobs(engine, batch.input_ids[:2], batch.attention_mask[:2], 2)
         engine.backward(logprobs.sum() / 10, scale_wrt_gas=False)
         engine.step()
     assert any(not torch.equal(one, two) for one, two in zip(before, state_of(engine), strict=True))
-    assert 0 < peak[0] < 0.6, (architecture, peak)
+    assert 0 < peak[0] < 0.5, (architecture, peak)
     if rank == 0:
         print(f"{architecture} adapters {adapters}: streamed is whole", flush=True)
 

@@ -29,7 +29,11 @@ def stale(patch) -> None:
     fill, kept = Replica.fill, []
 
     def filled(self):
-        kept.extend([copy.deepcopy(fill(self))] if not kept else [])
+        if not kept:
+            model = fill(self)
+            for module in self._packed:  # what oneDNN has ordered cannot be copied
+                module.packed = None
+            kept.append(copy.deepcopy(model))
         return kept[0]
 
     patch.setattr(Replica, "fill", filled)

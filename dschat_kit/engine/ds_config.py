@@ -6,7 +6,7 @@ __all__ = ["deepspeed_config", "optimizer_device"]
 
 BUCKET = 50_000_000
 """Elements that are reduced or gathered at a time; DeepSpeed's default reserves 2 GB for them. At ZeRO-3 also all that
-are gathered ahead: DeepSpeed's 10^9 are the whole of a smaller model on every rank."""
+are gathered ahead or kept for their next use: DeepSpeed's 10^9 are the whole of a smaller model on every rank."""
 
 
 def deepspeed_config(zero: Zero, dtype: str, *, micro_batch_size: int, accumulation: int, grad_clip: float) -> dict:
@@ -20,7 +20,7 @@ def deepspeed_config(zero: Zero, dtype: str, *, micro_batch_size: int, accumulat
                          "allgather_bucket_size": BUCKET}
     if zero.stage == 3:
         optimisation |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": BUCKET,
-                         "stage3_max_live_parameters": BUCKET}
+                         "stage3_max_live_parameters": BUCKET, "stage3_max_reuse_distance": BUCKET}
     if zero.offload_optimizer:
         optimisation["offload_optimizer"] = {"device": "cpu"}
     if zero.offload_parameters:

@@ -20,7 +20,7 @@ class Streamed:
     pass the ranks agree whether there is one; a rank that is done computes a token that nobody reads until all are."""
 
     def __init__(self, module: nn.Module, device: torch.device):
-        self.module, self.config, self.device = module, module.config, device
+        self.module, self.config, self.device, self._slots = module, module.config, device, False
         self._plain = module.config._attn_implementation
 
     def __enter__(self) -> "Streamed":
@@ -33,7 +33,7 @@ class Streamed:
         with torch.no_grad():  # an interrupt may have come inside of a forward pass, where the others still are
             while (kind is None or issubclass(kind, RunError)) and self._any_at_work(0):
                 self._forward(input_ids=nothing, use_cache=False)
-        self.module.set_attn_implementation(self._plain)
+        self.set_attn_implementation(self._plain)
         self.module.train(self._training)
 
     def __call__(self, **inputs):
@@ -43,6 +43,7 @@ class Streamed:
 
     def set_attn_implementation(self, name: str) -> None:
         """Holds until the context ends."""
+        self._slots = name == ATTENTION
         self.module.set_attn_implementation(name)
 
     @torch.no_grad()
@@ -59,7 +60,7 @@ class Streamed:
         return None if error <= TOLERANCE[ours.dtype] else f"logits differ by {error:.2g} of the largest"
 
     def _forward(self, **inputs):
-        if self.config._attn_implementation == ATTENTION and "cache" not in inputs:
+        if self._slots and "cache" not in inputs:  # else the ranks would run other modules, and gather other weights
             inputs["cache"] = KVSlots(1, 1)
             inputs["cache"].place([0])
         return self.module(**inputs)
