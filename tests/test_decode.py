@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from references import response_logits
 from tiny_models import SHAPES, VOCABULARY, causal_lm, tokenizer
 
+from dschat_kit.engine import attention
 from dschat_kit.engine.attention import ATTENTION, FAMILIES, KVSlots, take_slots
 from dschat_kit.engine.decode import Plain, Slots, decode
 from dschat_kit.engine.graphs import GraphedSlots
@@ -54,9 +55,15 @@ def responses(batch):
     return [row[mask].tolist() for row, mask in zip(tokens, batch.response_mask, strict=True)]
 
 
-@pytest.fixture(scope="module", params=sorted(SHAPES))
+@pytest.fixture(scope="module", params=[*sorted(SHAPES), *(f"{name} kernel" for name in FAMILIES)])
 def model(request):
-    return causal_lm(request.param)
+    """A step's attention as products, in memory that grows every few tokens; `kernel`: as on a GPU or with AMX."""
+    architecture, _, kernel = request.param.partition(" ")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "COLUMNS", 4)
+        if kernel:
+            patch.setattr(attention, "_as_products", lambda like: False)
+        yield causal_lm(architecture)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

@@ -20,6 +20,8 @@ FAMILIES = ("opt", "gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "ge
 transformers' attention interface; and BLOOM with its linear biases (ALiBi)."""
 TILE = 16
 """Slots that are read to the same length: a large tile reads padding, a small one costs more kernel calls."""
+COLUMNS = 32
+"""Columns by which a tile's memory grows."""
 
 
 def kv_bytes_per_token(config, dtype: torch.dtype) -> int:
@@ -34,13 +36,15 @@ class UnknownAttention(Exception):
 
 
 class KVSlots:
-    """`slots` rows of up to `length` tokens a layer, (slots, K, length, D) for keys and for values."""
+    """`slots` rows of up to `length` tokens a layer. Each tile has memory of its own, (TILE, K, columns, D) for keys
+    and for values; on a CPU it grows with the longest row, elsewhere it has all columns from the start, so that its
+    address stays."""
 
     def __init__(self, slots: int, length: int):
         self.slots, self.length = slots, length
         self.tiles: list[list[int]] = [[] for _ in range(-(-slots // TILE))]  # rows by tile; slot = TILE * tile + place
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self._filled: Tensor | None = None
+        self._memory: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by layer and tile
+        self._filled: list[tuple[int, int, int]] = []
 
     @property
     def rows(self) -> list[int]:
@@ -54,13 +58,12 @@ class KVSlots:
 
     def place(self, rows: list[int]) -> None:
         """Give each row a slot, which the prefill that follows writes."""
-        slots, left = [], list(rows)
+        self._filled, left = [], list(rows)
         for index, tile in enumerate(self.tiles):
-            free = min(TILE, self.slots - TILE * index) - len(tile)
-            some, left = left[:free], left[free:]
-            slots += range(TILE * index + len(tile), TILE * index + len(tile) + len(some))
+            some, left = left[:self._size(index) - len(tile)], left[self._size(index) - len(tile):]
+            if some:
+                self._filled.append((index, len(tile), len(some)))
             tile += some
-        self._filled = torch.tensor(slots)
 
     def places(self) -> list[int]:
         """The slot of each active row, in the order of `rows`."""
@@ -70,18 +73,14 @@ class KVSlots:
         """The step that follows writes the token of the i-th active row at column positions[i]. With `used` it
         computes every slot instead, active or not, and reads that many columns of each: nothing then depends on a
         value, only on sizes, and the step can be captured."""
-        self._filled, self._bias, start = None, {}, 0
-        if used:
-            self._spans = [(0, 0, positions, 0, used - 1)]
-            self._slots = torch.arange(self.slots, device=positions.device)
-        else:
-            self._spans, self._slots = [], torch.tensor(self.places(), device=positions.device)
-        for index, tile in enumerate(self.tiles if used is None else ()):
-            if tile:
-                span = positions[start:start + len(tile)]
-                self._spans.append((start, TILE * index, span, int(span.min()), int(span.max())))
-                start += len(tile)
-        self._positions = positions
+        self._filled, self._masks, self._spans, start = [], {}, [], 0
+        for index, tile in enumerate(self.tiles):
+            if count := self._size(index) if used else len(tile):
+                span = positions[start:start + count]
+                shortest, longest = (0, used - 1) if used else (int(span.min()), int(span.max()))
+                self._spans.append((index, start, span, shortest, longest + 1))
+                start += count
+        self._places = torch.arange(TILE, device=positions.device)
 
     def retire(self, rows: list[int], used: int) -> None:
         """Free the rows' slots: the last rows of a tile move into the gaps, with their first `used` columns."""
@@ -91,52 +90,85 @@ class KVSlots:
             gaps = [place for place in range(len(stay)) if tile[place] in gone]
             for gap, place in zip(gaps, stay[len(stay) - len(gaps):], strict=True):
                 tile[gap] = tile[place]
-                moves.append((TILE * index + gap, TILE * index + place))
+                moves.append((index, gap, place))
             del tile[len(stay):]
-        for memory in (memory for pair in self._layers.values() for memory in pair):
-            for target, source in moves:
-                memory[target, :, :used] = memory[source, :, :used]
+        for layer in dict.fromkeys(layer for layer, _ in self._memory):
+            for index, target, source in moves:
+                for memory in self._memory[layer, index]:
+                    memory[target, :, :used] = memory[source, :, :used]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None = None,
                bias: Tensor | None = None) -> Tensor:
         """(rows, queries, H, D) attention of new tokens to themselves and to what the slots hold; stores them. `bias`
         (H, 1, length) is added to the scores by column, the same in all layers."""
-        if layer not in self._layers:  # zeros, because what is masked still has to be finite
-            self._layers[layer] = tuple(new.new_zeros(self.slots, new.shape[1], self.length, new.shape[3])
-                                        for new in (key, value))
-        keys, values = self._layers[layer]
-        if self._filled is not None:
-            slots, width, copies = self._filled.to(key.device), key.shape[2], len(self._filled) // key.shape[0]
-            keys[slots, :, :width] = key.repeat_interleave(copies, 0)
-            values[slots, :, :width] = value.repeat_interleave(copies, 0)
+        if self._filled:
+            copies, width = sum(count for *_, count in self._filled) // len(key), key.shape[2]
+            parts = [new.repeat_interleave(copies, 0).split([count for *_, count in self._filled])
+                     for new in (key, value)]
+            for (index, place, count), *news in zip(self._filled, *parts, strict=True):
+                for memory, new in zip(self._columns(layer, index, width, key), news, strict=True):
+                    memory[place:place + count, :, :width] = new
             return _prompt_attention(query, key, value, scaling, window, bias)
         (n, H, _, D), K = query.shape, key.shape[1]
-        keys[self._slots, :, self._positions] = key[:, :, 0]
-        values[self._slots, :, self._positions] = value[:, :, 0]
         query = query.reshape(n, K, H // K, D)  # heads that share keys are queries of one head
         output = torch.empty(n, 1, H, D, dtype=value.dtype, device=value.device)
-        for start, slot, span, shortest, longest in self._spans:
-            end, used = start + len(span), longest + 1
-            k, v = (memory[slot:slot + len(span), :, :used] for memory in (keys, values))
+        for index, start, span, shortest, used in self._spans:
+            count, rows = len(span), slice(start, start + len(span))
+            keys, values = self._columns(layer, index, used, key)
+            places = self._places[:count]
+            keys[places, :, span], values[places, :, span] = key[rows, :, 0], value[rows, :, 0]
+            products = _as_products(key)
+            used = keys.shape[2] if products else used
             mask = None
-            if shortest < longest or (window and used > window) or bias is not None:
+            if products or shortest + 1 < used or (window and used > window) or bias is not None:
                 mask = self._mask(start, span, used, window, query.dtype, bias)
-            found = F.scaled_dot_product_attention(query[start:end], k, v, attn_mask=mask, scale=scaling)
-            output[start:end] = found.view(len(span), 1, H, D)
+            step = _products if products else F.scaled_dot_product_attention
+            found = step(query[rows], keys[:count, :, :used], values[:count, :, :used], attn_mask=mask, scale=scaling)
+            output[rows] = found.view(count, 1, H, D)
         return output
+
+    def _size(self, index: int) -> int:
+        """Slots of a tile."""
+        return min(TILE, self.slots - TILE * index)
+
+    def _columns(self, layer: int, index: int, used: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a tile with at least `used` columns."""
+        held = self._memory.get((layer, index))
+        if held is None or held[0].shape[2] < used:
+            columns = min(self.length, -(-used // COLUMNS) * COLUMNS) if like.device.type == "cpu" else self.length
+            shape = self._size(index), like.shape[1], columns, like.shape[3]
+            grown = like.new_zeros(shape), like.new_zeros(shape)  # zeros, because what is masked has to be finite
+            for new, old in zip(grown, held or (), strict=held is not None):
+                new[:, :, :old.shape[2]] = old
+            self._memory[layer, index] = held = grown
+        return held
 
     def _mask(self, start: int, span: Tensor, used: int, window: int | None, dtype: torch.dtype,
               bias: Tensor | None) -> Tensor:
         """(rows of the tile, 1 or H, 1, used): 0 or `bias` where a row may look, -inf elsewhere; the same for all
         layers of a step."""
-        if (start, window) not in self._bias:
+        if (start, window) not in self._masks:
             columns, last = torch.arange(used, device=span.device), span[:, None, None, None]
             hidden = columns > last
             if window:
                 hidden |= columns <= last - window
             seen = torch.zeros((), dtype=dtype, device=span.device) if bias is None else bias[..., :used]
-            self._bias[start, window] = torch.where(hidden, float("-inf"), seen)
-        return self._bias[start, window]
+            self._masks[start, window] = torch.where(hidden, float("-inf"), seen)
+        return self._masks[start, window]
+
+
+def _as_products(like: Tensor) -> bool:
+    """Whether one query a row is computed as batched matrix products over whole memory. On CPUs without AMX that is
+    3 to 5 times as fast as torch's attention kernel in bf16, and up to 1.5 times in fp32; with AMX the kernel is."""
+    return like.device.type == "cpu" and not (like.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
+
+
+def _products(query: Tensor, keys: Tensor, values: Tensor, attn_mask: Tensor, scale: float) -> Tensor:
+    """(rows, K, queries of one head, D): softmax(scale QK + mask)V, with scores rounded to the dtype of the keys, as
+    transformers' eager attention does."""
+    mask = attn_mask.expand(-1, keys.shape[1], -1, -1).flatten(0, 1)
+    scores = torch.baddbmm(mask, query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), alpha=scale)
+    return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(query.shape)
 
 
 def _prompt_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None,

@@ -107,7 +107,8 @@ def ppo(spec: dict) -> dict:
     micro = next(size for size in range(min(8, spec["batch"]), 0, -1) if spec["batch"] % size == 0)
     job = _Job(Pipeline().with_overrides([
         f"zero.stage={spec['zero']}", f"model.dtype={spec['dtype']}", f"ppo.rollout_batch_size={rows}",
-        f"ppo.mini_batch_size={rows}", f"ppo.micro_batch_size={micro}", f"rollout.micro_batch_size={micro}"]), device)
+        f"ppo.mini_batch_size={rows}", f"ppo.micro_batch_size={micro}", f"rollout.micro_batch_size={micro}",
+        "rollout.reuse_logprobs=always"]), device)
     roles = roles_of(spec, job)
     actor = roles.actor.module
     work = bench.Work(spec, actor.config, job.rank, device)
@@ -136,7 +137,7 @@ def ppo(spec: dict) -> dict:
     shares = {"share_of_matrix_peak": (10 * forward - 5 * head) / found["kit"]["seconds"] / gflops / 1e9
               } if "kit" in found else {}
     return {"engines": found, "useful_tokens": useful, "path": hybrid.path, "reason": hybrid.reason,
-            "roofline": {"matrix_gflops": gflops, **shares}}
+            "reuse_logprobs": job.pipeline.rollout.reuse_logprobs, "roofline": {"matrix_gflops": gflops, **shares}}
 
 
 if __name__ == "__main__":
