@@ -3,6 +3,8 @@
 Shapes: B sequences, T prompt + response, A response tokens, V vocabulary, N real response tokens of all rows.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -13,18 +15,19 @@ CHUNK = 2**19
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """Neither pass holds more of the (N, V) softmax in fp32 than CHUNK entries; the gradient has the logits' dtype."""
+    """Neither pass holds more of the (N, V) softmax in fp32 than two CHUNKs; the gradient has the logits' dtype."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """(N,) log-probabilities and entropies in fp32."""
         logprobs, entropy, sums = torch.empty(3, len(tokens), device=logits.device)
-        for rows in _chunks(logits):
-            scaled = logits[rows].float() / temperature
-            sums[rows] = scaled.logsumexp(-1)
+        for rows, scaled, weights in _chunks(logits, temperature):
+            highest = scaled.amax(-1, keepdim=True)
+            torch.sub(scaled, highest, out=weights).exp_()
+            total = weights.sum(-1)
+            sums[rows] = total.log() + highest.squeeze(-1)
             logprobs[rows] = scaled.gather(-1, tokens[rows, None]).squeeze(-1) - sums[rows]
-            weights = (scaled - sums[rows, None]).exp_()
-            entropy[rows] = sums[rows] - torch.linalg.vecdot(weights, scaled)
+            entropy[rows] = sums[rows] - torch.linalg.vecdot(weights, scaled) / total
         ctx.save_for_backward(logits, tokens, sums)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
@@ -35,16 +38,21 @@ class _ChunkedLogprobs(torch.autograd.Function):
         """d logprob / d logits = (one-hot - softmax) / temperature."""
         logits, tokens, sums = ctx.saved_tensors
         result, scale = torch.empty_like(logits), (grad / ctx.temperature).float()
-        for rows in _chunks(logits):
-            weights = (logits[rows].float() / ctx.temperature - sums[rows, None]).exp_().mul_(-scale[rows, None])
+        for rows, scaled, weights in _chunks(logits, ctx.temperature):
+            torch.sub(scaled, sums[rows, None], out=weights).exp_().mul_(-scale[rows, None])
             result[rows] = weights.scatter_add_(-1, tokens[rows, None], scale[rows, None])
         return result, None, None
 
 
-def _chunks(logits: Tensor) -> list[slice]:
-    """Rows that fit into CHUNK entries together."""
-    rows = max(1, CHUNK // logits.shape[1])
-    return [slice(start, start + rows) for start in range(0, len(logits), rows)]
+def _chunks(logits: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows that fit into CHUNK entries together, their logits over the temperature in fp32, and as much memory to work
+    in. The memory of both is that of the chunk before: fresh memory costs more than the arithmetic."""
+    size = max(1, CHUNK // logits.shape[1])
+    held, free = torch.empty(2, min(size, len(logits)), logits.shape[1], device=logits.device)
+    for start in range(0, len(logits), size):
+        rows = slice(start, min(start + size, len(logits)))
+        count = rows.stop - start
+        yield rows, held[:count].copy_(logits[rows]).div_(temperature), free[:count]
 
 
 def chunked_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

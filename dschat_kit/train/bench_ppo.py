@@ -121,13 +121,14 @@ def ppo(spec: dict) -> dict:
     for loop in loops.values():  # warm-up; Adam's moments are allocated
         loop()
     seconds, peaks = {name: [] for name in loops}, {name: bench.peak_anon_mb(loop) for name, loop in loops.items()}
+    peak = bench.roofline(spec["dtype"], device)
     for _ in range(spec["repeats"]):
         for name, loop in loops.items():
             dist.barrier()
             seconds[name].append(job.largest(*loop()))
     useful, forward = job.sum(work.lengths.sum(), work.cost(actor)[0])
     head = 2 * weights_of(actor)[1] * useful
-    gflops, = job.sum(bench.roofline(spec["dtype"], device)["matrix_gflops"])
+    gflops, = job.sum(bench.roofline(spec["dtype"], device, peak)["matrix_gflops"])
     found = {}
     for name, times in seconds.items():
         total, phases = float(np.median(np.sum(times, 1))), np.median(times, 0).tolist()

@@ -4,6 +4,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 
@@ -135,8 +136,12 @@ class Session:
 
     def matmul_share(self, flop: float, seconds: float) -> float:
         """Share of the matmul peak that all ranks reach together, with `flop` of this rank in its `seconds`."""
-        done, possible = self.sum(flop, matmul_peak(self.pipeline.model.dtype, self.device) * seconds)
+        done, possible = self.sum(flop, self._matmul_peak * seconds)
         return done / possible
+
+    @cached_property
+    def _matmul_peak(self) -> float:
+        return matmul_peak(self.pipeline.model.dtype, self.device)
 
     def cost(self, phase: str, engine, lengths: list[tuple[int, int]], seconds: float) -> dict[str, float]:
         """Metrics of one training step over rows of (tokens, answered tokens): memory and share of the matmul peak."""

@@ -10,7 +10,6 @@ again.
 import re
 import shutil
 import time
-from functools import cache
 from pathlib import Path
 
 import deepspeed
@@ -61,7 +60,6 @@ def peak_memory_mb() -> float:
     return peak
 
 
-@cache
 def matmul_peak(dtype: str, device: torch.device, size: int = 0) -> float:
     """FLOP per second of a product of matrices `size` wide (0: large enough) on this rank, best of ten, while the
     other ranks do the same."""
