@@ -176,15 +176,17 @@ def report(rows: list[dict]) -> str:
 
 
 def differences(arms: dict[str, list[dict]]) -> list[str]:
-    """Against `gae` with the same seed: gold, LM loss and KL of every other arm."""
-    plain, lines = {row["seed"]: row for row in arms["gae"]}, []
-    for arm, some in arms.items():
-        pairs = [(row, plain[row["seed"]]) for row in some if arm != "gae" and arm.split()[0] != "best"
-                 and "gold_after" in row and "gold_after" in plain.get(row["seed"], {})]
+    """Gold, LM loss and KL with the same seed: of every other arm against `gae`, and of `ptx 2x` against those arms
+    without mixture training that come out at its gold."""
+    lines = []
+    against = [(arm, "gae") for arm in arms if arm != "gae" and arm.split()[0] != "best"]
+    for arm, other in [*against, *(("ptx 2x", same) for same in ("ema", "rloo", "reinforce") if "ptx 2x" in arms)]:
+        theirs = {row["seed"]: row for row in arms.get(other, ()) if "gold_after" in row}
+        pairs = [(row, theirs[row["seed"]]) for row in arms[arm] if "gold_after" in row and row["seed"] in theirs]
         if pairs:
-            gold, loss, kl = (said([row[name] - other[name] for row, other in pairs])
+            gold, loss, kl = (said([row[name] - one[name] for row, one in pairs])
                               for name in ("gold_after", "lm_loss_after", "kl"))
-            lines.append(f"- {arm} less gae, same {len(pairs)} seeds: gold {gold}, LM loss {loss}, KL {kl}.")
+            lines.append(f"- {arm} less {other}, same {len(pairs)} seeds: gold {gold}, LM loss {loss}, KL {kl}.")
     return lines
 
 

@@ -44,8 +44,8 @@ def run(model, asked, sampling=SAMPLING, slots=64, path="slots"):
     model.set_attn_implementation(ATTENTION if fast else plain_attention(model))
     try:
         if path == "graph" and fast:
-            return decode(GraphedSlots(model, KVSlots(slots, 64), torch.device("cpu"), capture=False), asked, sampling)
-        return decode(Slots(model, KVSlots(slots, 64)) if fast else Plain(model, slots), asked, sampling)
+            return decode(GraphedSlots(model, KVSlots(slots, 128), torch.device("cpu"), capture=False), asked, sampling)
+        return decode(Slots(model, KVSlots(slots, 128)) if fast else Plain(model, slots), asked, sampling)
     finally:
         model.set_attn_implementation(plain_attention(model))
 
@@ -83,6 +83,17 @@ def test_same_row_seed_gives_the_same_tokens_whatever_the_batch_mates_and_the_pa
     alone = [responses(run(model, row))[0] for row in rows]
     assert together == padded == alone
     assert together != responses(run(model, request(seeds=(10, 11, 12, 13))))
+
+
+def test_memory_follows_the_longest_row(monkeypatch):
+    """One place: a long prompt's columns are given back when a short one stands there."""
+    monkeypatch.setattr(attention, "COLUMNS", 8)
+    model, asked = causal_lm("llama"), request(lengths=(100, 3))
+    alone = responses(run(model, request(lengths=(100, 3)), slots=2))
+    take_slots(model).set_attn_implementation(ATTENTION)
+    kv = KVSlots(1, 128)
+    assert responses(decode(Slots(model, kv), asked, SAMPLING)) == alone
+    assert max(keys.shape[2] for keys, _ in kv._memory.values()) <= 16
 
 
 def test_it_samples_and_is_not_greedy_by_accident(model):

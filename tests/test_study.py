@@ -60,6 +60,7 @@ def test_the_report_has_every_arm_its_failures_and_the_differences_seed_by_seed(
     assert plain[2].strip() == "4" and plain[8].strip() == "2" and plain[7].strip().startswith("0.100")
     assert {words for _, _, words in study.ARMS.values()} <= set(table) and "best of 4" in table
     assert "- ptx less gae, same 3 seeds: gold 0.137 +-" in text and "- ema less gae, same 2 seeds" in text
+    assert "- ptx 2x less rloo, same 3 seeds" in text and "- ptx 2x less ema, same 2 seeds" in text
     axes = study.figure(rows_of_all_arms()).axes
     assert [label.get_text() for label in axes[0].get_xticklabels()] == [*study.ARMS, "ema"]
 

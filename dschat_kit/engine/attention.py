@@ -37,7 +37,7 @@ class UnknownAttention(Exception):
 
 class KVSlots:
     """`slots` rows of up to `length` tokens a layer. Each tile has memory of its own, (TILE, K, columns, D) for keys
-    and for values; on a CPU it grows with the longest row, elsewhere it has all columns from the start, so that its
+    and for values; on a CPU it follows the longest row, elsewhere it has all columns from the start, so that its
     address stays."""
 
     def __init__(self, slots: int, length: int):
@@ -60,7 +60,8 @@ class KVSlots:
         """Give each row a slot, which the prefill that follows writes."""
         self._filled, left = [], list(rows)
         for index, tile in enumerate(self.tiles):
-            some, left = left[:self._size(index) - len(tile)], left[self._size(index) - len(tile):]
+            free = self._size(index) - len(tile)
+            some, left = left[:free], left[free:]
             if some:
                 self._filled.append((index, len(tile), len(some)))
             tile += some
@@ -132,15 +133,18 @@ class KVSlots:
         return min(TILE, self.slots - TILE * index)
 
     def _columns(self, layer: int, index: int, used: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a tile with at least `used` columns."""
+        """Keys and values of a tile with at least `used` columns; on a CPU less than twice as many, once all rows in it
+        have had their prefill."""
         held = self._memory.get((layer, index))
-        if held is None or held[0].shape[2] < used:
-            columns = min(self.length, -(-used // COLUMNS) * COLUMNS) if like.device.type == "cpu" else self.length
-            shape = self._size(index), like.shape[1], columns, like.shape[3]
-            grown = like.new_zeros(shape), like.new_zeros(shape)  # zeros, because what is masked has to be finite
-            for new, old in zip(grown, held or (), strict=held is not None):
-                new[:, :, :old.shape[2]] = old
-            self._memory[layer, index] = held = grown
+        wanted = min(self.length, -(-used // COLUMNS) * COLUMNS) if like.device.type == "cpu" else self.length
+        if held and self._filled:  # the rows beside those that come may be longer
+            wanted = max(wanted, held[0].shape[2])
+        if held is None or not wanted <= held[0].shape[2] < 2 * wanted:
+            shape = self._size(index), like.shape[1], wanted, like.shape[3]
+            made = like.new_zeros(shape), like.new_zeros(shape)  # zeros, because what is masked has to be finite
+            for new, old in zip(made, held or (), strict=held is not None):
+                new[:, :, :old.shape[2]] = old[:, :, :wanted]
+            self._memory[layer, index] = held = made
         return held
 
     def _mask(self, start: int, span: Tensor, used: int, window: int | None, dtype: torch.dtype,
