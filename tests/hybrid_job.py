@@ -16,7 +16,7 @@ from tiny_models import SHAPES, VOCABULARY, causal_lm
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from dschat_kit.config import Pipeline
-from dschat_kit.engine import ds_config
+from dschat_kit.engine import ds_config, replica
 from dschat_kit.engine import hybrid as hybrid_module
 from dschat_kit.engine.engines import build_engine
 from dschat_kit.engine.hybrid import HybridEngine
@@ -204,6 +204,7 @@ def check_streamed_on_a_shared_base(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    replica.PACKED = 0  # weights are packed as those of a model of real size are
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     for zero_stage in range(4):

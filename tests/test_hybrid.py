@@ -14,12 +14,18 @@ from test_ranks import environment
 from tiny_models import causal_lm
 
 from dschat_kit.config import Lora, Rollout
-from dschat_kit.engine import attention, hybrid
+from dschat_kit.engine import attention, hybrid, replica
 from dschat_kit.engine.hybrid import HybridEngine
 from dschat_kit.models.lora import add_adapters, merge_adapters
 from dschat_kit.runs import RunError
 
 GREEDY = replace(SAMPLING, temperature=0.0)
+
+
+@pytest.fixture(autouse=True)
+def packed(monkeypatch):
+    """Weights are packed as those of a model of real size are."""
+    monkeypatch.setattr(replica, "PACKED", 0)
 
 
 class Engine:
