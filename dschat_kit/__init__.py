@@ -21,7 +21,7 @@ READING_ORDER = (
     "sections", "data_section", "model_section", "config", "presets", "machine", "feasible", "runs", "metrics",
     "data.toy", "data.prompts", "data.formats", "data.files", "data.sources", "data.splits", "data.selection",
     "data.tokenizer", "data.store", "data.pipeline", "data.datasets", "data.benchmark",
-    "models.loading", "models.saving", "models.scalar_model", "models.lora", "models.fetch",
+    "models.attention", "models.loading", "models.saving", "models.scalar_model", "models.lora", "models.fetch",
     "rlhf.experience", "rlhf.rewards", "rlhf.losses", "rlhf.logprobs", "rlhf.rollout", "rlhf.worlds",
     "rlhf.overoptimisation",
     "engine.ds_config", "engine.engines", "engine.zero", "engine.ema", "engine.shared", "engine.rollout_types",

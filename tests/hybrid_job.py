@@ -133,7 +133,7 @@ def check_streamed(architecture: str, adapters: bool) -> None:
     before, attention = state_of(engine), model.config._attn_implementation
     peak = follow_gathered(model)
     short = HybridEngine(engine, micro_batch_size=3)
-    hybrid_module.free_memory = lambda device: short.replica.needed_bytes() - rank
+    hybrid_module.free_memory = lambda device, needed: short.replica.needed_bytes() - rank
     for engine_of_steps in (HybridEngine(engine, micro_batch_size=3, gather="step", release_inference_cache=False),
                             short):
         for _ in range(2):

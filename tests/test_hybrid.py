@@ -156,7 +156,7 @@ def test_memory_that_is_not_there_is_said_with_the_rows_that_would_fit(monkeypat
 def test_memory_that_torch_keeps_after_training_is_free(monkeypatch):
     for name, found in (("mem_get_info", (3, 80)), ("memory_reserved", 70), ("memory_allocated", 20)):
         monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
-    assert hybrid.free_memory(torch.device("cuda")) == 53
+    assert hybrid.free_memory(torch.device("cuda"), 0) == 53
 
 
 def test_a_model_without_finite_logits_or_without_a_cache_is_named():

@@ -1,6 +1,8 @@
 """What the machine has decides device, dtype and ranks; names become what they stand for here."""
 
+import os
 import subprocess
+import sys
 
 import pytest
 
@@ -106,3 +108,24 @@ def test_a_comma_in_a_path_survives_being_resolved(tmp_path):
     for resolved in (resolve(pipeline), resolve(resolve(pipeline))):
         assert resolved.data.weighted_sources() == [(str(tmp_path / "a, b.jsonl"), 2.0),
                                                     (str(tmp_path / "c.jsonl"), None)]
+
+
+@pytest.mark.parametrize(("asked", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
+def test_freed_memory_is_kept_for_the_next_step_until_it_is_given_back(asked, kept):
+    """100 MB that are freed stay with the process, but where the user's MALLOC_ variables ask for something else."""
+    code = """
+import torch
+from dschat_kit.machine import PeakMemory, give_back_freed_memory, keep_freed_memory
+keep_freed_memory()
+blocks, after = [torch.ones(2**18) for _ in range(100)], []
+full = PeakMemory._now()
+del blocks
+print(full - PeakMemory._now())
+give_back_freed_memory()
+print(full - PeakMemory._now())
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | asked
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    freed, given_back = map(float, done.stdout.split())
+    assert (freed < 10) == kept
+    assert given_back > 90

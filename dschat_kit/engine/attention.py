@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor
 
+from dschat_kit.models.attention import causal_attention
+
 ATTENTION = "dschat"
 FAMILIES = ("opt", "gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma", "bloom")
 """Model types whose attention is nothing but softmax(QK)V, causal or with a sliding window, and goes through
@@ -178,13 +180,14 @@ def _products(query: Tensor, keys: Tensor, values: Tensor, attn_mask: Tensor, sc
 def _prompt_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None,
                       bias: Tensor | None) -> Tensor:
     """Prompts stand on the left and are padded on the right, so causality alone keeps padding out of real tokens."""
-    width, mask = query.shape[2], None
-    if window and width > window or bias is not None:
-        places = torch.arange(width, device=query.device)
-        distance = places[:, None] - places
-        mask = (distance >= 0) & (distance < (window or width))
-        mask = mask if bias is None else torch.where(mask, bias[..., :width], float("-inf"))
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling,
+    width = query.shape[2]
+    if bias is None and not (window and width > window):
+        return causal_attention(query, key, value, scaling).transpose(1, 2)
+    places = torch.arange(width, device=query.device)
+    distance = places[:, None] - places
+    mask = (distance >= 0) & (distance < (window or width))
+    mask = mask if bias is None else torch.where(mask, bias[..., :width], float("-inf"))
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling,
                                             enable_gqa=query.shape[1] != key.shape[1])
     return output.transpose(1, 2)
 

@@ -23,18 +23,21 @@ from dschat_kit.engine.replica import Replica
 from dschat_kit.engine.rollout_types import KitBatch, KitRequest, KitSampling
 from dschat_kit.engine.streamed import Streamed
 from dschat_kit.engine.tensor_parallel import TensorParallel
-from dschat_kit.machine import detect
+from dschat_kit.machine import detect, give_back_freed_memory
 from dschat_kit.models.loading import accepts
 from dschat_kit.runs import RunError
 
 
-def free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device, needed: int) -> int:
     """Bytes that this rank may take; ranks on one host share its memory. On a GPU also those that torch keeps after
-    training has let go of them: the driver calls them taken."""
+    training has let go of them: the driver calls them taken. On a CPU glibc gives back what it keeps so where less than
+    `needed` is free."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1  # of torchrun, of DeepSpeed
+    if psutil.virtual_memory().available // int(ranks) < needed:
+        give_back_freed_memory()
     return psutil.virtual_memory().available // int(ranks)
 
 
@@ -156,7 +159,8 @@ class HybridEngine(RolloutEngine):
         """Whether weights are gathered in every step, the same on every rank."""
         if self.gather != "auto" or self.parallel:
             return self.gather == "step"
-        needed, free = self.replica.needed_bytes(), free_memory(self.engine.device)
+        needed = self.replica.needed_bytes()
+        free = free_memory(self.engine.device, needed)
         short = torch.tensor(int(needed > free), device=self.engine.device)
         dist.all_reduce(short, dist.ReduceOp.MAX)
         if short:
@@ -168,7 +172,7 @@ class HybridEngine(RolloutEngine):
     def _check_memory(self, slots: int, length: int, device: torch.device) -> None:
         row = length * kv_bytes_per_token(self.replica.model.config, self.replica.dtype)
         row //= self.parallel.size if self.parallel else 1
-        free = free_memory(device)
+        free = free_memory(device, slots * row)
         if slots * row > free:
             raise RunError(f"keys and values of {slots} rows of {length} tokens take {slots * row / 2**30:.1f} GB\n"
                            f"  expected: at most {free / 2**30:.1f} GB, which {free // row} rows would fit\n"

@@ -51,15 +51,17 @@ def _sample(logits: Tensor, uniforms: Tensor | None, sampling: KitSampling, forc
     (B, V), logits = logits.shape, logits.float()
     if sampling.temperature not in (0, 1):
         logits = logits / sampling.temperature
-    every = _filtered(logits, sampling).log_softmax(-1)
-    weights = every.new_zeros(B, -(-V // BLOCK) * BLOCK)
-    torch.exp(every, out=weights[:, :V])
+    logits = _filtered(logits, sampling)
+    weights, highest = logits.new_empty(B, -(-V // BLOCK) * BLOCK), logits.amax(-1, keepdim=True)
+    torch.sub(logits, highest, out=weights[:, :V]).exp_()
+    weights[:, V:] = 0
+    blocks = weights.view(B, -1, BLOCK)
+    cumulative = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
     if sampling.temperature == 0:
-        tokens = every.argmax(-1)
+        tokens = logits.argmax(-1)
     else:
-        blocks = weights.view(B, -1, BLOCK)
-        cumulative = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
-        targets = (uniforms * cumulative[:, -1])[:, None]
+        targets = uniforms[:, None] * total
         block = torch.searchsorted(cumulative, targets, right=True).clamp_(max=cumulative.shape[1] - 1)
         before = F.pad(cumulative, (1, 0)).gather(1, block)
         inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].double().cumsum(-1)
@@ -69,7 +71,10 @@ def _sample(logits: Tensor, uniforms: Tensor | None, sampling: KitSampling, forc
         tokens = tokens.clamp(max=V - 1)  # without finite logits there is nothing to find
     if forced is not None:
         tokens = torch.where(forced >= 0, forced, tokens)
-    return tokens, every.gather(1, tokens[:, None]).squeeze(1), -torch.linalg.vecdot(weights[:, :V], every)
+    normaliser = (total.log() + highest).squeeze(1)
+    logprobs = logits.gather(1, tokens[:, None]).squeeze(1) - normaliser
+    entropy = normaliser - torch.linalg.vecdot(weights[:, :V], logits) / total.squeeze(1)
+    return tokens, logprobs.float(), entropy.float()
 
 
 def _filtered(logits: Tensor, sampling: KitSampling) -> Tensor:

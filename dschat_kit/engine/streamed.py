@@ -51,6 +51,7 @@ class Streamed:
         """None where a prefill and a step of the fast path say what transformers' attention says of the first prompt
         with its last token repeated."""
         prompt = request.prompt_ids[0, request.prompt_attention_mask[0].bool()]
+        self.set_attn_implementation("sdpa")
         plain = self(input_ids=torch.cat([prompt, prompt[-1:]])[None], use_cache=False).logits[:, -1].float()
         self.set_attn_implementation(ATTENTION)
         steps = Slots(self, KVSlots(1, len(prompt) + 1))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dschat_kit.config import ConfigError, Model
 from dschat_kit.data.tokenizer import pad_id_of
+from dschat_kit.models.attention import take_products
 
 __all__ = ["DTYPES", "accepts", "can_pack", "check_length", "left_aligned", "load_causal_lm", "load_config",
            "load_pretrained", "model_inputs", "quiet_loading", "response_columns"]
@@ -48,7 +49,7 @@ def load_pretrained(auto_class, source: str | Path, config, settings: Model,
                                                      output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unusable(source, f"cannot be used: {_first_line(error)}", expected) from error
-    return _checkpointing(model, settings), sorted(info["missing_keys"])
+    return _prepared(model, settings), sorted(info["missing_keys"])
 
 
 def _unusable(source: str | Path, problem: str, expected: str) -> ConfigError:
@@ -57,10 +58,10 @@ def _unusable(source: str | Path, problem: str, expected: str) -> ConfigError:
                        "  change:   --set model.name=PATH")
 
 
-def _checkpointing(model: nn.Module, settings: Model) -> nn.Module:
+def _prepared(model: nn.Module, settings: Model) -> nn.Module:
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
+    return take_products(model)
 
 
 def load_causal_lm(source: str | Path, settings: Model, tokenizer, seed: int) -> nn.Module:
@@ -98,7 +99,7 @@ def _from_scratch(settings: Model, tokenizer, seed: int) -> nn.Module:
         pad_token_id=pad_id_of(tokenizer), eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _checkpointing(AutoModelForCausalLM.from_config(config, dtype=DTYPES[settings.dtype]), settings)
+        return _prepared(AutoModelForCausalLM.from_config(config, dtype=DTYPES[settings.dtype]), settings)
 
 
 def check_length(config, tokens: int) -> None:

@@ -28,7 +28,7 @@ from dschat_kit.engine.decode import Slots, decode
 from dschat_kit.engine.hybrid import HybridEngine
 from dschat_kit.engine.replica import Replica
 from dschat_kit.engine.rollout_types import KitRequest, KitSampling
-from dschat_kit.machine import PeakMemory
+from dschat_kit.machine import PeakMemory, give_back_freed_memory
 from dschat_kit.models.loading import DTYPES, load_config
 from dschat_kit.runs import write_json
 from dschat_kit.train.rank import start_distributed
@@ -133,6 +133,7 @@ class _EndAt(LogitsProcessor):
 def peak_anon_mb(function) -> float:
     """Megabytes of anonymous memory that a call needs beyond what was held before it."""
     gc.collect()
+    give_back_freed_memory()
     with PeakMemory() as memory:
         function()
     return memory.peak_mb - memory.before_mb

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from dschat_kit.config import Pipeline
 from dschat_kit.engine.engines import freeze
+from dschat_kit.models.attention import take_products
 from dschat_kit.models.loading import model_inputs
 from dschat_kit.models.scalar_model import ScalarModel, last_token
 from dschat_kit.rlhf.losses import policy_loss, value_loss
@@ -51,11 +52,21 @@ def roles_of(spec: dict, job: _Job) -> Roles:
                  ref=freeze(ref, job.pipeline, job.device), reward=freeze(scalar(), job.pipeline, job.device))
 
 
+def attend(roles: Roles, products: bool) -> None:
+    """Give all models transformers' default attention, or what ours take on this machine."""
+    every = (part for role in vars(roles).values() for part in role.modules())
+    for model in (part for part in every if isinstance(part, PreTrainedModel)):
+        model.set_attn_implementation("sdpa")
+        if products:
+            take_products(model)
+
+
 def iteration(job: _Job, roles: Roles, temperature: float, generate) -> list[float]:
     """Seconds of each of PHASES; `generate()` returns our engine's batch."""
     times = [time.perf_counter()]
     batch = generate()
     times.append(time.perf_counter())
+    attend(roles, products=True)
     scored = score_responses(roles, batch.input_ids, batch.attention_mask, batch.response_mask.shape[1], temperature,
                              job.pipeline.rollout.micro_batch_size, reused(job.pipeline, batch))
     experience = make_experience(batch.input_ids, batch.attention_mask, batch.response_mask, batch.finished, scored,
@@ -76,7 +87,7 @@ def plain_iteration(job: _Job, roles: Roles, work: bench.Work, generate) -> list
     times, settings = [time.perf_counter()], job.pipeline.ppo
     sequences, T = generate(), work.temperature
     times.append(time.perf_counter())
-    roles.actor.module.set_attn_implementation("sdpa")
+    attend(roles, products=False)
     A = sequences.shape[1] - work.prompts.shape[1]
     response = torch.arange(A, device=sequences.device) < work.lengths[:, None]
     mask, parts = torch.cat([work.mask, response], 1), []

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from dschat_kit.config import ConfigError
-from dschat_kit.machine import detect
+from dschat_kit.machine import detect, keep_freed_memory
 from dschat_kit.metrics import read_metrics
 from dschat_kit.runs import RunError, StageRun, cannot
 from dschat_kit.train.session import Session
@@ -95,6 +95,7 @@ def start_distributed(seed: int, patience: float = 30.0) -> torch.device:
     if machine.accelerator == "cpu":
         threads = os.environ.get("OMP_NUM_THREADS") or max(1, machine.cores // int(os.environ["WORLD_SIZE"]))
         torch.set_num_threads(int(threads))
+        keep_freed_memory()
     # Plain gloo is no slower than the shared-memory all-reduce that DeepSpeed would compile at first use.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if machine.accelerator == "cuda" else "gloo", verbose=False,

@@ -1,0 +1,76 @@
+"""Attention of short rows as products: what transformers' own computes, with its gradients; elsewhere left alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dschat_kit.models import attention
+from dschat_kit.models.attention import PRODUCTS, causal_attention, take_products
+
+
+@pytest.fixture
+def anywhere(monkeypatch):
+    """Products on every machine, and in fp32 too, where they can be compared closely."""
+    monkeypatch.setattr(attention, "faster_as_products", lambda like: True)
+
+
+@pytest.mark.parametrize(("heads", "shared"), [(4, 4), (4, 2), (6, 1)])
+def test_products_are_the_attention_of_torch_with_its_gradients(anywhere, heads, shared):
+    torch.manual_seed(0)
+    parts = [torch.randn(3, count, 17, 8, requires_grad=True) for count in (heads, shared, shared)]
+    direction = torch.randn(3, heads, 17, 8)
+    ours = causal_attention(*parts, 0.3)
+    theirs = F.scaled_dot_product_attention(*parts, is_causal=True, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    for one, other in zip(torch.autograd.grad(ours, parts, direction), torch.autograd.grad(theirs, parts, direction),
+                          strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def small_model(family: str, dtype: torch.dtype):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                  intermediate_size=64, ffn_dim=64, word_embed_proj_dim=32, num_key_value_heads=2,
+                                  max_position_embeddings=64, dropout=0.0, sliding_window=4)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt_neox", "mistral"])
+def test_a_model_says_the_same_with_and_without_mask_and_cache(anywhere, family):
+    """Mistral looks back 4 tokens only, so it has a mask and must be left to transformers."""
+    model, ids = small_model(family, torch.float32), torch.randint(64, (3, 12))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    how = {"no mask": dict(use_cache=False), "padded": dict(attention_mask=mask, use_cache=False)}
+    expected = {name: model(input_ids=ids, **inputs).logits for name, inputs in how.items()}
+    generated = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=6, pad_token_id=0)
+    assert take_products(model).config._attn_implementation == PRODUCTS
+    for name, inputs in how.items():
+        seen = slice(None) if name == "no mask" else mask.bool()
+        torch.testing.assert_close(model(input_ids=ids, **inputs).logits[seen], expected[name][seen], atol=1e-5,
+                                   rtol=1e-4)
+    again = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=6, pad_token_id=0)
+    assert torch.equal(again, generated)
+
+
+def test_long_rows_keep_no_scores(anywhere, monkeypatch):
+    """Training keeps what products compute of T x T: only where it is little."""
+    called = []
+    kernel = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: called.append(1) or kernel(*a, **k))
+    for B in (1, 3):
+        monkeypatch.setattr(attention, "SCORES", 2 * 4 * 10 * 10)
+        causal_attention(*torch.randn(3, B, 4, 10, 8), 0.3)
+    assert len(called) == 1
+
+
+def test_elsewhere_transformers_choice_stays(monkeypatch):
+    assert take_products(small_model("llama", torch.float32)).config._attn_implementation == "sdpa"
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert take_products(small_model("llama", torch.bfloat16)).config._attn_implementation == "sdpa"
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert take_products(small_model("llama", torch.bfloat16)).config._attn_implementation == PRODUCTS
+    bloom = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", vocab_size=64, hidden_size=32, n_layer=1,
+                                                                  n_head=4), dtype=torch.bfloat16)
+    assert take_products(bloom).config._attn_implementation == "eager"
