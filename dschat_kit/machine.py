@@ -53,13 +53,17 @@ def detect() -> Machine:
                    bf16=_gpu_bf16() if gpus else _cpu_bf16(), torch_build=_torch_build())
 
 
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of malloc.h
+
+
 def keep_freed_memory() -> None:
-    """Let glibc keep up to 2 GB that this process frees for what it allocates next, unless MALLOC_ variables say
-    otherwise: pages asked for anew took a third of an optimiser step. Other libraries of C are left alone."""
+    """Let glibc keep what this process frees (at the end of its heap up to 2 GB) for what it allocates next, unless
+    MALLOC_ variables say otherwise: pages asked for anew took a third of an update in bf16. Other libraries of C are
+    left alone."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt and not any(name.startswith("MALLOC_") for name in os.environ):
-        for kind in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
-            mallopt(kind, 2**31 - 1)
+        _ = mallopt(M_MMAP_THRESHOLD, 2**31 - 1) or mallopt(M_MMAP_THRESHOLD, 2**25)  # before 2.35 at most that
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def give_back_freed_memory() -> None:

@@ -96,6 +96,10 @@ def check_split(stage: int, adapters: bool) -> None:
         for field in ("input_ids", "attention_mask", "response_start_idx", "response_mask", "finished"):
             assert torch.equal(getattr(batch, field), getattr(whole, field)), (stage, adapters, field)
         assert torch.allclose(batch.logprobs, whole.logprobs, atol=1e-5) and split.path == "slots", split.reason
+    free, tight = hybrid_module.free_memory, HybridEngine(engine, micro_batch_size=3, inference_tp_size=2)
+    hybrid_module.free_memory = lambda device: 10**12 if rank else 5000  # the other rank would wait for a layer's sum
+    refused(tight, asked, "rank 0: keys and values of 3 rows")
+    hybrid_module.free_memory = free
     held = sum(parameter.numel() for parameter in split.replica.model.model.parameters())
     assert held < 0.75 * sum(parameter.numel() for parameter in causal_lm(model.config.model_type).model.parameters())
     try:
@@ -133,7 +137,7 @@ def check_streamed(architecture: str, adapters: bool) -> None:
     before, attention = state_of(engine), model.config._attn_implementation
     peak = follow_gathered(model)
     short = HybridEngine(engine, micro_batch_size=3)
-    hybrid_module.free_memory = lambda device, needed: short.replica.needed_bytes() - rank
+    hybrid_module.free_memory = lambda device: short.replica.needed_bytes() - rank
     for engine_of_steps in (HybridEngine(engine, micro_batch_size=3, gather="step", release_inference_cache=False),
                             short):
         for _ in range(2):

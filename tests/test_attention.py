@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dschat_kit.machine import Machine
 from dschat_kit.models import attention
 from dschat_kit.models.attention import PRODUCTS, causal_attention, take_products
 
@@ -59,10 +60,11 @@ def test_long_rows_keep_no_scores(anywhere, monkeypatch):
     called = []
     kernel = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: called.append(1) or kernel(*a, **k))
-    for B in (1, 3):
-        monkeypatch.setattr(attention, "SCORES", 2 * 4 * 10 * 10)
-        causal_attention(*torch.randn(3, B, 4, 10, 8), 0.3)
-    assert len(called) == 1
+    monkeypatch.setattr(attention, "SCORES", 4 * 10 * 10)
+    for T, expected in ((10, 0), (11, 1)):
+        for B in (1, 9):  # a row is computed in one way whatever its batch mates
+            causal_attention(*torch.randn(3, B, 4, T, 8), 0.3)
+        assert len(called) == 2 * expected
 
 
 def test_elsewhere_transformers_choice_stays(monkeypatch):
@@ -71,6 +73,13 @@ def test_elsewhere_transformers_choice_stays(monkeypatch):
     assert take_products(small_model("llama", torch.bfloat16)).config._attn_implementation == "sdpa"
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert take_products(small_model("llama", torch.bfloat16)).config._attn_implementation == PRODUCTS
+    unknown = small_model("llama", torch.bfloat16)
+    unknown.config.model_type = "inkling_text"  # what it passes beside a mask would be lost
+    assert take_products(unknown).config._attn_implementation == "sdpa"
+    monkeypatch.setattr(attention, "detect", lambda: Machine(accelerator="cuda", devices=1, cores=1, bf16=True,
+                                                             torch_build=""))
+    assert take_products(small_model("llama", torch.bfloat16)).config._attn_implementation == "sdpa"
+    monkeypatch.undo()
     bloom = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", vocab_size=64, hidden_size=32, n_layer=1,
                                                                   n_head=4), dtype=torch.bfloat16)
     assert take_products(bloom).config._attn_implementation == "eager"

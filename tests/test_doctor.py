@@ -133,8 +133,12 @@ def edit(root, stage, name, change):
 
 def test_a_sound_run_gets_no_warning(sound):
     checks = diagnosis.run_checks(sound)
-    assert [check.name for check in checks] == ["data", "sft", "reward", "ppo", "chat"]
+    assert [check.name for check in checks] == ["data", "sft", "sft checks", "reward", "reward checks", "ppo",
+                                                "ppo checks", "chat"]
     assert worst(checks) == "ok", render(checks)
+    for stage in ("sft", "reward", "ppo"):
+        found, = (check.found for check in checks if check.name == f"{stage} checks")
+        assert found == "{0} of {0} checks of its numbers hold".format(len(diagnosis.RULES[stage]))
 
 
 @pytest.mark.parametrize("stage, file, change, name, state", [

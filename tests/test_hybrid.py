@@ -1,9 +1,11 @@
 """The hybrid engine: what it generates, what it leaves untouched, and what it says when something is wrong."""
 
 import copy
+import gc
 import inspect
 import subprocess
 import sys
+import weakref
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -153,10 +155,30 @@ def test_memory_that_is_not_there_is_said_with_the_rows_that_would_fit(monkeypat
         engine_of(causal_lm()).generate(request(), SAMPLING)
 
 
+def test_what_glibc_keeps_is_given_back_before_memory_is_short(monkeypatch):
+    free, given = [1000], []
+    monkeypatch.setattr(hybrid, "free_memory", lambda device: free[0])
+    monkeypatch.setattr(hybrid, "give_back_freed_memory", lambda: given.append(1) or free.__setitem__(0, 10**12))
+    engine_of(causal_lm()).generate(request(), SAMPLING)
+    assert len(given) == 1
+
+
+@pytest.mark.parametrize("architecture", ["opt", "bloom"])
+def test_no_module_holds_the_memory_that_was_released(architecture):
+    engine = engine_of(causal_lm(architecture))
+    made = []
+    decode = hybrid.decode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hybrid, "decode", lambda steps, *rest: made.append(weakref.ref(steps.kv)) or decode(steps, *rest))
+        engine.generate(request(), SAMPLING)
+    gc.collect()
+    assert made and not any(kept() for kept in made)
+
+
 def test_memory_that_torch_keeps_after_training_is_free(monkeypatch):
     for name, found in (("mem_get_info", (3, 80)), ("memory_reserved", 70), ("memory_allocated", 20)):
         monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
-    assert hybrid.free_memory(torch.device("cuda"), 0) == 53
+    assert hybrid.free_memory(torch.device("cuda")) == 53
 
 
 def test_a_model_without_finite_logits_or_without_a_cache_is_named():

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor
 
+from dschat_kit.models.attention import FAMILIES as INTERFACED
 from dschat_kit.models.attention import causal_attention
 
 ATTENTION = "dschat"
-FAMILIES = ("opt", "gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma", "bloom")
-"""Model types whose attention is nothing but softmax(QK)V, causal or with a sliding window, and goes through
-transformers' attention interface; and BLOOM with its linear biases (ALiBi)."""
+FAMILIES = (*INTERFACED, "bloom")
+"""Model types that `attend` computes, and BLOOM with its linear biases (ALiBi)."""
 TILE = 16
 """Slots that are read to the same length: a large tile reads padding, a small one costs more kernel calls."""
 COLUMNS = 32
@@ -230,9 +230,14 @@ def take_slots(model: nn.Module) -> nn.Module:
         for layer in layers:
             layer.cache = inputs.get("cache")
 
+    def forget(*_) -> None:  # else the layers would hold the memory that the engine lets go of
+        for layer in layers:
+            layer.cache = None
+
     for layer in layers:
         layer.__class__ = _BloomSlots
     if layers:
         model.register_forward_pre_hook(pass_on, with_kwargs=True)
+        model.register_forward_hook(forget, always_call=True)
         model.set_attn_implementation = lambda _name: None  # it has but one, and would warn
     return model

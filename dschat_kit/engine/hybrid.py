@@ -28,16 +28,13 @@ from dschat_kit.models.loading import accepts
 from dschat_kit.runs import RunError
 
 
-def free_memory(device: torch.device, needed: int) -> int:
+def free_memory(device: torch.device) -> int:
     """Bytes that this rank may take; ranks on one host share its memory. On a GPU also those that torch keeps after
-    training has let go of them: the driver calls them taken. On a CPU glibc gives back what it keeps so where less than
-    `needed` is free."""
+    training has let go of them: the driver calls them taken."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1  # of torchrun, of DeepSpeed
-    if psutil.virtual_memory().available // int(ranks) < needed:
-        give_back_freed_memory()
     return psutil.virtual_memory().available // int(ranks)
 
 
@@ -103,7 +100,7 @@ class HybridEngine(RolloutEngine):
         longest = int(request.prompt_attention_mask.sum(1).max()) + sampling.max_new_tokens
         if self._kv is None or self._kv.slots < slots or self._kv.length < longest:
             self._kv = None
-            self._check_memory(slots, longest, request.prompt_ids.device)
+            self._check_memory(slots, longest)
             self._kv = KVSlots(slots, longest)
             graphs = self.cuda_graphs and model is not self.streamed  # which stops for the other ranks
             self._steps = (GraphedSlots(model, self._kv, request.prompt_ids.device) if graphs else
@@ -160,19 +157,32 @@ class HybridEngine(RolloutEngine):
         if self.gather != "auto" or self.parallel:
             return self.gather == "step"
         needed = self.replica.needed_bytes()
-        free = free_memory(self.engine.device, needed)
-        short = torch.tensor(int(needed > free), device=self.engine.device)
-        dist.all_reduce(short, dist.ReduceOp.MAX)
-        if short:
+        free = self._free(needed)
+        if needed > free:
             self.gather = "step"
-            print(f"rollout: the whole weights do not fit on every rank (here {needed / 2**30:.1f} GB of "
-                  f"{free / 2**30:.1f} GB free), so they are gathered in every step", flush=True)
-        return bool(short)
+            print(f"rollout: the whole weights do not fit on every rank ({needed / 2**30:.1f} GB of {free / 2**30:.1f} "
+                  "GB free), so they are gathered in every step", flush=True)
+        return needed > free
 
-    def _check_memory(self, slots: int, length: int, device: torch.device) -> None:
+    def _free(self, needed: int, group=None, alone: bool = False) -> int:
+        """Bytes that each rank of the group (`alone`: this one) may take. Where `needed` are more, all have given back
+        what glibc keeps."""
+        for attempt in range(2):
+            free = torch.tensor(free_memory(self.engine.device), device=self.engine.device)
+            if not alone:
+                dist.all_reduce(free, dist.ReduceOp.MIN, group=group)
+            if needed <= free or attempt:
+                break
+            give_back_freed_memory()
+            if not alone:
+                dist.barrier(group=group)
+        return int(free)
+
+    def _check_memory(self, slots: int, length: int) -> None:
         row = length * kv_bytes_per_token(self.replica.model.config, self.replica.dtype)
         row //= self.parallel.size if self.parallel else 1
-        free = free_memory(device, slots * row)
+        # Ranks that share weights wait for one another in every layer: all of them have to raise.
+        free = self._free(slots * row, self.parallel and self.parallel.group, alone=not self.parallel)
         if slots * row > free:
             raise RunError(f"keys and values of {slots} rows of {length} tokens take {slots * row / 2**30:.1f} GB\n"
                            f"  expected: at most {free / 2**30:.1f} GB, which {free // row} rows would fit\n"

@@ -74,14 +74,13 @@ class TensorParallel:
     def union(self, request: KitRequest) -> KitRequest:
         """The prompts of the whole group, in the order of its ranks."""
         found: list = [None] * self.size
-        dist.all_gather_object(found, request, group=self.group)
-        width = max(one.prompt_ids.shape[1] for one in found)
-        left = [nn.functional.pad(one.prompt_ids, (width - one.prompt_ids.shape[1], 0)) for one in found]
-        masks = [nn.functional.pad(one.prompt_attention_mask, (width - one.prompt_ids.shape[1], 0)) for one in found]
-        self._rows, device = [len(ids) for ids in left], request.prompt_ids.device
-        parts = {name: [getattr(one, name) for one in found] for name in ("row_seeds", "row_lengths")}
-        return KitRequest(torch.cat(left).to(device), torch.cat(masks).to(device), **{
-            name: None if some[0] is None else torch.cat(some) for name, some in parts.items()})
+        mine = (request.prompt_ids, request.prompt_attention_mask, request.row_seeds, request.row_lengths)
+        dist.all_gather_object(found, [None if part is None else part.cpu() for part in mine], group=self.group)
+        ids, masks, seeds, lengths = zip(*found, strict=True)
+        width, self._rows = max(part.shape[1] for part in ids), [len(part) for part in ids]
+        whole = [torch.cat([nn.functional.pad(part, (width - part.shape[1], 0)) for part in parts]).to(mine[0].device)
+                 for parts in (ids, masks)]
+        return KitRequest(*whole, *(None if parts[0] is None else torch.cat(parts) for parts in (seeds, lengths)))
 
     def own(self, batch: KitBatch, request: KitRequest) -> KitBatch:
         """This rank's rows of the batch that answers `union(request)`, as if it had decoded them alone."""

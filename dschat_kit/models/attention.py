@@ -1,7 +1,7 @@
-"""Causal attention of short rows in bf16 on a CPU without AMX, as matrix products.
+"""Causal attention of short rows in bf16 on a CPU without AMX, as matrix products; families whose attention is known.
 
 torch's attention kernel takes three to four times as long there, forward and backward (8 rows of 127 tokens, 12 heads,
-Zen 5: 18 ms beside 5). Everywhere else, and for masks, transformers' own choice computes.
+Zen 5: 18 ms beside 5). On other machines, for other families and for masks, transformers' own choice computes.
 
 Shapes: B sequences, T tokens, H heads, K key-value heads, D head size.
 """
@@ -13,11 +13,18 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-__all__ = ["causal_attention", "faster_as_products", "take_products"]
+from dschat_kit.machine import detect
+
+__all__ = ["FAMILIES", "causal_attention", "faster_as_products", "take_products"]
+
+FAMILIES = ("opt", "gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma")
+"""Model types whose attention is nothing but softmax(QK)V, causal or with a sliding window (then they pass a mask), and
+goes through transformers' attention interface."""
 
 PRODUCTS = "dschat_products"
-SCORES = 2**22
-"""Entries of B x H x T x T up to which products are taken: 8 MB a layer that training keeps."""
+SCORES = 2**19
+"""Entries of H x T x T up to which products are taken: 1 MB a row and layer, which training keeps. The same rows are
+computed in the same way however many there are."""
 
 
 def faster_as_products(like: Tensor) -> bool:
@@ -28,11 +35,12 @@ def faster_as_products(like: Tensor) -> bool:
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """(B, H, T, D) from (B, H, T, D) and (B, K, T, D). Scores are rounded to the dtype of the keys, as in transformers'
     eager attention."""
-    B, H, T, _ = query.shape
-    if not faster_as_products(query) or B * H * T * T > SCORES:
+    H, T = query.shape[1:3]
+    if not faster_as_products(query) or H * T * T > SCORES:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling,
                                               enable_gqa=H != key.shape[1])
-    key, value = (part.repeat_interleave(H // part.shape[1], 1) for part in (key, value))
+    if H != key.shape[1]:
+        key, value = (part.repeat_interleave(H // part.shape[1], 1) for part in (key, value))
     later = torch.full((T, T), float("-inf"), dtype=query.dtype, device=query.device).triu_(1)
     scores = (query * scaling) @ key.transpose(2, 3)
     return scores.add_(later).softmax(-1) @ value
@@ -50,7 +58,8 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attent
 
 def take_products(model: nn.Module) -> nn.Module:
     """`model`, whose short rows without a mask are computed as products where that is faster."""
-    if model.config._attn_implementation == "sdpa" and faster_as_products(next(model.parameters())):
+    known = model.config.model_type in FAMILIES and model.config._attn_implementation == "sdpa"
+    if known and detect().accelerator == "cpu" and faster_as_products(next(model.parameters())):
         AttentionInterface.register(PRODUCTS, _attend)
         AttentionMaskInterface.register(PRODUCTS, sdpa_mask)
         model.set_attn_implementation(PRODUCTS)

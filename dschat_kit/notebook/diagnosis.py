@@ -223,7 +223,8 @@ def _rollout(run: StageRun) -> Iterator[Check]:
 
 
 def _wrong_numbers(run: StageRun, rows: list[dict]) -> Iterator[Check]:
-    """The RULES that the numbers of a stage break. Raises RunError for a finished stage without its result.json."""
+    """The RULES that the numbers of a stage break, and how many hold. Raises RunError for a finished stage without its
+    result.json."""
     numbers = {**(run.result if run.state == "finished" else {}), "first": {}, "last": {}, "least": {},
                "most": {}}
     if rows:
@@ -236,7 +237,12 @@ def _wrong_numbers(run: StageRun, rows: list[dict]) -> Iterator[Check]:
         numbers["pipeline"] = run.config["pipeline"]
         numbers["pad_is_eos"] = run.stage == "ppo" and _pads_with_eos(open_run(run.root, "sft").model_dir)
         numbers["slack"] = 1e-3 if numbers["pipeline"]["model"]["dtype"] == "fp32" else 5e-2
+    held = seen = 0
     for name, state, wrong, found, cure in RULES.get(run.stage, ()):
         with suppress(KeyError, TypeError, ZeroDivisionError):  # a number that is missing, null or 0
-            if wrong(numbers):
+            broken, seen = wrong(numbers), seen + 1
+            held += not broken
+            if broken:
                 yield Check(f"{run.stage} {name}", found.format(**numbers), state, cure)
+    if held:
+        yield Check(f"{run.stage} checks", f"{held} of {seen} checks of its numbers hold")

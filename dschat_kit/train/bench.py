@@ -230,7 +230,8 @@ def rollout(spec: dict) -> dict:
             seconds[name].append(timed(call))
     flops, elements = work.cost(engine.module)
     peak = roofline(spec["dtype"], device, peak)
-    totals = torch.tensor([float(work.lengths.sum()), flops, elements, *peak.values()], dtype=torch.float64)
+    totals = torch.tensor([float(work.lengths.sum()), flops, elements, *peak.values()], dtype=torch.float64,
+                          device=device)
     dist.all_reduce(totals)
     useful, flops, elements, gflops, bandwidth = totals.tolist()
     found = {name: {"tokens_per_second": useful / float(np.median(times)), "seconds": float(np.median(times)),
