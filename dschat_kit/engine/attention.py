@@ -20,7 +20,7 @@ from dschat_kit.models.attention import causal_attention
 ATTENTION = "dschat"
 FAMILIES = (*INTERFACED, "bloom")
 """Model types that `attend` computes, and BLOOM with its linear biases (ALiBi)."""
-TILE = 16
+TILE = 32
 """Slots that are read to the same length: a large tile reads padding, a small one costs more kernel calls."""
 COLUMNS = 32
 """Columns by which a tile's memory grows."""
