@@ -23,8 +23,8 @@ goes through transformers' attention interface."""
 
 PRODUCTS = "dschat_products"
 SCORES = 2**19
-"""Entries of H x T x T up to which products are taken: 1 MB a row and layer, which training keeps. The same rows are
-computed in the same way however many there are."""
+"""Entries of H x T x T up to which products are taken: 1 MB a row and layer, which training keeps. How many rows
+there are does not matter."""
 
 
 def faster_as_products(like: Tensor) -> bool:
