@@ -35,6 +35,13 @@ class KitSampling(SamplingConfig):
     pad_token_id: int = 0
 
     def __post_init__(self) -> None:
+        for name, fits, expected in (("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+                                     ("n_samples_per_prompt", self.n_samples_per_prompt >= 1, "at least 1"),
+                                     ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
+                                     ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1 (no filter)"),
+                                     ("min_p", 0 <= self.min_p <= 1, "0 (no filter) to 1")):
+            if not fits:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected {expected}")
         if self.stop_strings and self.tokenizer is None:
             raise ValueError("stop_strings: got no tokenizer, expected one that decodes what is searched")
 
