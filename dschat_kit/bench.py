@@ -44,6 +44,12 @@ def run(args) -> int:
     if not engines or set(engines) - set(ENGINES):
         raise ConfigError(f"--engines: got {args.engines!r}\n  expected: some of {','.join(ENGINES)}\n"
                           "  change:   --engines kit,hf")
+    if args.kind == "ppo" and not {"kit", "hf"} & set(engines):
+        raise ConfigError(f"--engines: got {args.engines!r}\n  expected: kit or hf, whose iterations can be compared\n"
+                          "  change:   --engines kit,hf")
+    if args.live_parameters is not None and (args.kind == "ppo" or args.zero < 3):
+        raise ConfigError(f"--live-parameters: got {args.live_parameters} with {args.kind} --zero {args.zero}\n"
+                          "  expected: it for `bench rollout` at ZeRO-3\n  change:   --zero 3")
     for name, least in (("batch", 1), ("prompt_tokens", 1), ("new_tokens", 1), ("repeats", 1), ("ranks", 1),
                         ("temperature", 0)):
         if not getattr(args, name) >= least:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import psutil
+
 from dschat_kit.config import Pipeline
 from dschat_kit.sections import error
 
@@ -53,6 +55,7 @@ def detect() -> Machine:
                    bf16=_gpu_bf16() if gpus else _cpu_bf16(), torch_build=_torch_build())
 
 
+CGROUP = Path("/sys/fs/cgroup")
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of malloc.h
 
 
@@ -70,6 +73,16 @@ def give_back_freed_memory() -> None:
     """Let the system have what glibc keeps."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
+
+
+def available_memory() -> int:
+    """Bytes of memory that can be had: of the host, and within the limit of a container, whose file cache is free."""
+    free, maximum = psutil.virtual_memory().available, CGROUP / "memory.max"
+    if not maximum.exists() or (limit := maximum.read_text().strip()) == "max":
+        return free
+    cache = sum(int(line.split()[1]) for line in (CGROUP / "memory.stat").read_text().splitlines()
+                if line.startswith(("active_file ", "inactive_file ")))
+    return min(free, int(limit) - int((CGROUP / "memory.current").read_text()) + cache)
 
 
 class PeakMemory:

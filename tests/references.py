@@ -12,6 +12,17 @@ def response_logits(model, sequences, attention_mask, response_length):
     return model(**model_inputs(model, sequences, attention_mask), use_cache=False).logits[:, -response_length - 1:-1]
 
 
+def token_logprobs(logits, tokens, temperature=1.0):
+    """(B, A) log-probabilities of `tokens` (B, A) under `logits` (B, A, V), in fp32."""
+    return (logits.float() / temperature).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+
+
+def response_loss(logits, sequences, response_mask):
+    """Cross-entropy a response token (B, T) from whole logits (B, T, V), each predicted from the position before."""
+    logprobs = token_logprobs(logits[:, :-1], sequences[:, 1:]) * response_mask[:, 1:]
+    return -logprobs.sum() / response_mask[:, 1:].sum()
+
+
 def entropy_of(logits, temperature=1.0):
     """(B, A) entropy of the next-token distribution, in nats."""
     logprobs = (logits.float() / temperature).log_softmax(-1)

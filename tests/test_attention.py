@@ -57,9 +57,12 @@ def small_model(family: str, dtype: torch.dtype):
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
+@pytest.mark.parametrize("limits", [{}, {"KEPT": 0, "BLOCK": 5}], ids=["whole", "blocks"])
 @pytest.mark.parametrize("family", ["opt", "llama", "gpt_neox", "mistral"])
-def test_a_model_says_the_same_with_and_without_mask_and_cache(anywhere, family):
+def test_a_model_says_the_same_with_and_without_mask_and_cache(anywhere, monkeypatch, family, limits):
     """Mistral looks back 4 tokens only, so it has a mask and must be left to transformers."""
+    for name, value in limits.items():
+        monkeypatch.setattr(attention, name, value)
     model, ids = small_model(family, torch.float32), torch.randint(64, (3, 12))
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
@@ -75,6 +78,23 @@ def test_a_model_says_the_same_with_and_without_mask_and_cache(anywhere, family)
     assert torch.equal(again, generated)
 
 
+def test_a_model_has_the_same_gradients_with_checkpointed_activations_and_without(anywhere, monkeypatch):
+    monkeypatch.setattr(attention, "KEPT", 0)
+    monkeypatch.setattr(attention, "BLOCK", 5)
+    ids, found = torch.randint(64, (3, 12)), []
+    for products, checkpointing in ((False, False), (True, False), (True, True)):
+        model = small_model("llama", torch.float32).train()
+        if products:
+            take_products(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model(input_ids=ids, use_cache=False).logits.square().mean().backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    for ours in found[1:]:
+        for one, other in zip(ours, found[0], strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
 def kept_by_training(B: int, T: int) -> int:
     """Entries that the backward pass of attention with 4 heads of size 8 finds saved, beside query, key and value."""
     sizes = []
@@ -84,10 +104,12 @@ def kept_by_training(B: int, T: int) -> int:
 
 
 def test_long_rows_keep_no_probabilities(anywhere, monkeypatch):
-    """Only where T x T is little; a row is computed in one way whatever its batch mates."""
+    """Only where T x T is little, however many rows there are."""
     monkeypatch.setattr(attention, "KEPT", 4 * 10 * 10)
     for B in (1, 9):
-        assert (kept_by_training(B, 10), kept_by_training(B, 11)) == (B * 4 * 10 * 10, 0)
+        for block in (11, 12):
+            monkeypatch.setattr(attention, "BLOCK", block)
+            assert (kept_by_training(B, 10), kept_by_training(B, 11)) == (B * 4 * 10 * 10, 0)
 
 
 def test_rows_longer_than_measured_have_torchs_kernel(anywhere, monkeypatch):

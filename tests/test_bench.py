@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from test_decode import run
-from tiny_models import folder
+from tiny_models import causal_lm, folder
 
 from dschat_kit import bench
 from dschat_kit.cli import main
@@ -60,11 +60,26 @@ def test_peak_memory_counts_what_a_call_holds():
     (["--engines", "kit,vllm"], "expected: some of kit,hf,hf_default,deepspeed"),
     (["--batch", "0"], "--batch: got 0"),
     (["--prompts", "missing.jsonl"], "missing.jsonl"),
+    (["--live-parameters", "0"], "--live-parameters: got 0 with rollout --zero 0"),
 ])
 def test_bad_flags_are_said(flags, words, capsys, tmp_path):
     model = ["--model", str(folder(tmp_path))] if "--prompts" in flags else []
     assert main(["bench", "rollout", *model, *flags]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, words", [(["--engines", "hf_default"], "expected: kit or hf"),
+                                          (["--zero", "3", "--live-parameters", "0"], "it for `bench rollout`")])
+def test_what_an_iteration_has_no_peer_or_no_meaning_for_is_said(flags, words, capsys):
+    assert main(["bench", "ppo", *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_penalty_in_the_models_folder_is_nobodys(tmp_path):
+    model = causal_lm()
+    model.generation_config.repetition_penalty = 5.0
+    model.save_pretrained(tmp_path)
+    assert load_model(str(tmp_path), "fp32").generation_config.repetition_penalty in (None, 1.0)
 
 
 def test_texts_need_no_fetched_tokenizer(tmp_path, monkeypatch):
@@ -98,5 +113,6 @@ def test_every_engine_is_measured_on_the_same_work(tmp_path, capsys):
     assert main(["bench", "ppo", *TINY, "--engines", "kit"]) == 0
     iteration = json.loads(capsys.readouterr().out)
     assert iteration["engines"]["hf"] is None and iteration["ratio_to_hf"] is None
+    assert iteration["identical_greedy_tokens"] is True and set(iteration["roofline"]) == set(found["roofline"])
     phases = iteration["engines"]["kit"]["phases"]
     assert sum(phases.values()) == pytest.approx(iteration["engines"]["kit"]["seconds"], rel=0.01)

@@ -24,6 +24,7 @@ from dschat_kit.data.datasets import (
 from dschat_kit.data.store import table_writer
 from dschat_kit.models.loading import can_pack, model_inputs
 from dschat_kit.models.scalar_model import last_token
+from dschat_kit.rlhf.logprobs import sequence_logprobs
 from dschat_kit.rlhf.losses import preference_loss, sft_loss
 
 PAD = 9  # also a token of the second response: masks, never ids, say what is padding
@@ -176,7 +177,7 @@ def test_the_loss_of_packed_rows_is_that_of_padded_ones_where_the_family_keeps_t
     losses = []
     for batch in (sft_batch(rows, 0), packed_sft_batch(rows, 0)):
         inputs = model_inputs(model, batch.sequences, batch.attention_mask, batch.position_ids)
-        logits = model(**inputs, use_cache=False).logits
-        losses.append(sft_loss(logits, batch.sequences, batch.response_mask, 25)[0].item())
+        logprobs = sequence_logprobs(model, inputs, batch.sequences, batch.response_mask)
+        losses.append(sft_loss(logprobs, 25)[0].item())
     assert (abs(losses[0] - losses[1]) <= 1e-5) == apart
     assert len(packed_sft_batch(rows, 0).sequences) == 3

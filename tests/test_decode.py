@@ -1,12 +1,13 @@
 """Generation: the distribution, the seeds, the padding, the end of a response."""
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import response_logits
+from references import response_logits, token_logprobs
 from tiny_models import SHAPES, VOCABULARY, causal_lm, tokenizer
 
 from dschat_kit.engine import attention
@@ -15,7 +16,6 @@ from dschat_kit.engine.decode import Plain, Slots, decode
 from dschat_kit.engine.graphs import GraphedSlots
 from dschat_kit.engine.rollout_types import KitRequest, KitSampling
 from dschat_kit.engine.sampling import row_uniforms, sample_tokens
-from dschat_kit.rlhf.losses import token_logprobs
 from dschat_kit.runs import RunError
 
 SAMPLING = KitSampling(max_new_tokens=12, temperature=1.0, stop_token_ids=(1,), pad_token_id=0)
@@ -31,6 +31,15 @@ def request(lengths=(3, 6, 4, 6), seeds=None, pad=0, seed=0):
         mask[i, width - length:] = True
     return KitRequest(prompt_ids=ids, prompt_attention_mask=mask,
                       row_seeds=torch.tensor(range(len(lengths)) if seeds is None else seeds))
+
+
+@pytest.mark.parametrize("wrong", [{"max_new_tokens": 0}, {"n_samples_per_prompt": 0}, {"temperature": -0.1},
+                                   {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": 1.5},
+                                   {"min_p": -0.1}, {"stop_strings": ("",)}, {"stop_strings": "END"}], ids=str)
+def test_settings_that_no_distribution_fits_are_refused(wrong):
+    (name, value), = wrong.items()
+    with pytest.raises(ValueError, match="^" + re.escape(f"{name}: got {value!r}, expected")):
+        replace(SAMPLING, **wrong)
 
 
 def plain_attention(model):
@@ -175,6 +184,27 @@ def test_fewer_places_than_rows_and_several_samples_change_no_token(model):
         assert torch.allclose(batch.entropy, expected.entropy, atol=1e-4)
     first = [row for row, _ in zip(responses(batch)[::2], responses(batch)[1::2], strict=True)]
     assert first == responses(run(model, asked, replace(many, n_samples_per_prompt=1)))
+
+
+def test_prompts_are_computed_once_longest_first_and_places_refilled_at_once():
+    """Seen by the forward passes: what is admitted when, and how many rows a step computes."""
+    model, asked = take_slots(causal_lm()), request(lengths=(3, 9, 4, 1, 7, 9, 2, 5), seed=4)
+    model.set_attn_implementation(ATTENTION)
+    steps, fed = Slots(model, KVSlots(4, 128)), []
+    for name in ("admit", "step"):
+        honest = getattr(steps, name)
+        setattr(steps, name, lambda first, *more, name=name, honest=honest: (
+            fed.append((name, len(first), int(more[0].sum(1).max()) if name == "admit" else len(steps.rows))),
+            honest(first, *more))[1])
+    ends = torch.tensor([length for pair in zip(range(2, 10), range(3, 11), strict=True) for length in pair])
+    asked = replace(asked, row_lengths=ends)
+    decode(steps, asked, replace(SAMPLING, n_samples_per_prompt=2))
+    admitted = [(count, longest) for name, count, longest in fed if name == "admit"]
+    assert sum(count for count, _ in admitted) == 8  # not 16: both samples share a prompt
+    assert [longest for _, longest in admitted] == sorted((longest for _, longest in admitted), reverse=True)
+    assert admitted[0] == (2, 9) and len(admitted) > 3
+    refilled = [i for i, (name, *_) in enumerate(fed) if name == "admit"][1:]
+    assert any(fed[i + 1][2] > 2 * fed[i][1] for i in refilled[:-1])  # beside rows that had not ended
 
 
 def test_more_rows_than_a_tile_and_retired_rows_change_no_token():

@@ -11,14 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.rollout.base import RolloutRequest, SamplingConfig
 from test_decode import SAMPLING, request, responses, run
 from test_ranks import environment
 from tiny_models import causal_lm
 
+from dschat_kit import machine
 from dschat_kit.config import Lora, Rollout
-from dschat_kit.engine import attention, hybrid, replica
+from dschat_kit.engine import attention, hybrid, parity, replica
 from dschat_kit.engine.hybrid import HybridEngine
+from dschat_kit.engine.shared import Reference
+from dschat_kit.models import attention as products
+from dschat_kit.models.attention import take_products
 from dschat_kit.models.lora import add_adapters, merge_adapters
+from dschat_kit.rlhf.logprobs import response_logprobs
 from dschat_kit.runs import RunError
 
 GREEDY = replace(SAMPLING, temperature=0.0)
@@ -94,19 +100,67 @@ def test_adapters_are_fused_and_every_rollout_sees_the_newest_weights(release):
     assert responses(batch) != responses(run(causal_lm("llama"), request(), SAMPLING))
 
 
-def test_an_exception_inside_leaves_the_model_trainable(monkeypatch):
+@pytest.mark.parametrize("place", [(hybrid, "decode"), (replica.Replica, "fill"), (replica.PackedLinear, "forward"),
+                                   (attention.KVSlots, "retire")], ids=lambda place: place[1])
+def test_an_interrupt_inside_leaves_the_model_trainable(monkeypatch, place):
+    """Before, between and in the middle of the steps."""
     model = causal_lm()
-    engine = engine_of(model)
+    engine = engine_of(model, release_inference_cache=False)
+    few = replace(SAMPLING, stop_token_ids=tuple(range(1, 60)))
 
     def broken(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr(hybrid, "decode", broken)
+    monkeypatch.setattr(*place, broken)
     with pytest.raises(KeyboardInterrupt):
-        engine.generate(request(), SAMPLING)
+        engine.generate(request(), few)
     monkeypatch.undo()
     model(input_ids=request().prompt_ids).logits.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert responses(engine.generate(request(), SAMPLING)) == responses(run(causal_lm(), request()))
+
+
+def test_deepspeeds_own_types_will_do():
+    """Sampled with seeds of torch's generator, ended by the model's EOS, at most so many rows at a time."""
+    asked = RolloutRequest(request().prompt_ids, request().prompt_attention_mask)
+    model = causal_lm()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = [1, 5], 0
+    engine = engine_of(model, release_inference_cache=False)
+    greedy = engine.generate(asked, SamplingConfig(max_new_tokens=12, temperature=0.0, continuous_batch_size=2))
+    assert engine.path == "slots" and engine._kv.slots == 2
+    assert responses(greedy) == responses(run(causal_lm(), request(), replace(GREEDY, stop_token_ids=(1, 5))))
+    torch.manual_seed(3)
+    sampled = engine.generate(asked, SamplingConfig(max_new_tokens=12))
+    torch.manual_seed(3)
+    seeds = torch.randint(2**62, (4,)).tolist()
+    expected = run(causal_lm(), request(seeds=seeds), replace(SAMPLING, stop_token_ids=(1, 5)))
+    assert responses(sampled) == responses(expected)
+
+
+def test_bf16_logprobs_of_the_sampler_are_near_those_of_a_forward_pass(monkeypatch):
+    """Products in blocks and kept, in prompts and in the pass; the error is that of rounding to 8 bits."""
+    fast = replace(hybrid.detect(), bf16=True)
+    monkeypatch.setattr(hybrid, "detect", lambda: fast)
+    monkeypatch.setattr(products, "faster_as_products", lambda like: True)
+    model, asked = causal_lm("opt").bfloat16(), request(lengths=(30, 6, 41, 17))
+    for name, value in (("KEPT", 4 * 20 * 20), ("BLOCK", 16)):
+        monkeypatch.setattr(products, name, value)
+    engine = engine_of(model)
+    batch = engine.generate(asked, SAMPLING)
+    assert engine.path == "slots" and engine.replica.dtype == torch.bfloat16
+    again, _ = response_logprobs(take_products(model), batch.input_ids, batch.attention_mask,
+                                 batch.response_mask.shape[1])
+    gap = (again - batch.logprobs).abs()[batch.response_mask]
+    assert 0 < gap.max() < 0.3 and gap.mean() < 0.05
+
+
+def test_a_penalty_in_the_models_folder_is_nobodys(monkeypatch):
+    model = causal_lm()
+    model.generation_config.repetition_penalty = 5.0
+    engine = engine_of(model)
+    located = []
+    monkeypatch.setattr(parity, "_locate", lambda *_: located.append(1))
+    engine.generate(request(), SAMPLING)
+    assert engine.path == "slots" and not located
 
 
 def test_a_fast_path_that_is_wrong_is_noticed_located_and_left(monkeypatch):
@@ -123,14 +177,14 @@ def test_a_fast_path_that_is_wrong_is_noticed_located_and_left(monkeypatch):
 
 
 def test_bf16_decodes_in_fp32_where_it_would_be_emulated(monkeypatch):
-    machine = replace(hybrid.detect(), bf16=False)
-    monkeypatch.setattr(hybrid, "detect", lambda: machine)
+    slow = replace(hybrid.detect(), bf16=False)
+    monkeypatch.setattr(hybrid, "detect", lambda: slow)
     model = causal_lm().bfloat16()
     engine = engine_of(model)
     batch = engine.generate(request(), SAMPLING)
     assert responses(batch) == responses(run(copy.deepcopy(model).float(), request()))
     assert next(model.parameters()).dtype == torch.bfloat16
-    monkeypatch.setattr(hybrid, "detect", lambda: replace(machine, bf16=True))
+    monkeypatch.setattr(hybrid, "detect", lambda: replace(slow, bf16=True))
     assert engine_of(model).replica.dtype == torch.bfloat16
 
 
@@ -148,9 +202,42 @@ def test_bad_input_is_said(lengths, changes, how, words):
         engine_of(causal_lm(), **how).generate(asked, replace(SAMPLING, **changes))
 
 
+@pytest.mark.parametrize("changes, words", [
+    (dict(row_lengths=torch.tensor([1, 2, 3])), r"expected: \(4,\) of 1 to 12"),
+    (dict(row_lengths=torch.tensor([1, 2, 3, 13])), "of 1 to 13"),
+    (dict(row_lengths=torch.tensor([1, 0, 3, 4])), "of 0 to 4"),
+    (dict(prompt_attention_mask=request().prompt_attention_mask.flip(1)), "padding behind their tokens"),
+])
+def test_requests_that_nothing_could_answer_are_said(changes, words):
+    with pytest.raises(RunError, match=words):
+        engine_of(causal_lm()).generate(replace(request(), **changes), SAMPLING)
+
+
+def test_lengths_need_a_stop_token():
+    with pytest.raises(RunError, match="got no stop token"):
+        engine_of(causal_lm()).generate(replace(request(), row_lengths=torch.tensor([1, 2, 3, 4])),
+                                        replace(SAMPLING, stop_token_ids=()))
+
+
+def test_the_reference_is_the_actor_without_its_adapters():
+    """And nothing of it stays: not the switch, even after an error, and no gradient."""
+    model, plain, ids = with_adapters(), causal_lm("llama"), request().prompt_ids
+
+    class Callable(Engine):
+        def __call__(self, **inputs):
+            return self.module(**inputs)
+    reference, before = Reference(Callable(model)), model(input_ids=ids).logits
+    found = reference(input_ids=ids).logits
+    assert torch.equal(found, plain(input_ids=ids).logits) and not found.requires_grad
+    with pytest.raises(ValueError):
+        reference(input_ids=None)
+    after = model(input_ids=ids).logits
+    assert torch.equal(after, before) and not torch.allclose(after, found) and after.requires_grad
+
+
 def test_memory_that_is_not_there_is_said_with_the_rows_that_would_fit(monkeypatch):
     available = type("Memory", (), {"available": 3 * 18 * 2 * 2 * 2 * 8 * 4})  # 3 rows of 18 tokens, 2 layers, 2 heads
-    monkeypatch.setattr(hybrid.psutil, "virtual_memory", lambda: available)
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: available)
     with pytest.raises(RunError, match="which 3 rows would fit"):
         engine_of(causal_lm()).generate(request(), SAMPLING)
 

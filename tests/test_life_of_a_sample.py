@@ -21,7 +21,7 @@ from dschat_kit.metrics import JsonlWriter, read_metrics
 from dschat_kit.models.loading import load_causal_lm, model_inputs
 from dschat_kit.models.saving import save_folder
 from dschat_kit.models.scalar_model import last_token, load_scalar_model, response_values
-from dschat_kit.rlhf.logprobs import response_logprobs
+from dschat_kit.rlhf.logprobs import response_logprobs, sequence_logprobs
 from dschat_kit.rlhf.losses import policy_loss, preference_loss, sft_loss, value_loss
 from dschat_kit.rlhf.rollout import Roles, make_experience, score_responses
 from dschat_kit.runs import open_run, prepare_stage
@@ -75,8 +75,9 @@ def test_one_record_is_followed_to_the_end(world, tmp_path):
     sft, pair = sft_batch([row], world.pad_id), preference_batch([row], world.pad_id)
     prompts = pad_prompts([row], places["ppo"][:1], world.pad_id)
     assert sft.response_mask.sum() == len(row["chosen_ids"]) and prompts.sample_ids == [record.sample_id]
-    logits = world.roles.actor(**model_inputs(world.roles.actor, sft.sequences, sft.attention_mask)).logits
-    answer_loss, _ = sft_loss(logits, sft.sequences, sft.response_mask, sft.response_mask.sum())
+    inputs = model_inputs(world.roles.actor, sft.sequences, sft.attention_mask)
+    logprobs = sequence_logprobs(world.roles.actor, inputs, sft.sequences, sft.response_mask)
+    answer_loss, _ = sft_loss(logprobs, sft.response_mask.sum())
     chosen, rejected = last_token(world.roles.reward(pair.sequences, pair.attention_mask), pair.attention_mask).chunk(2)
     pair_loss, _ = preference_loss(chosen, rejected, pairs=1)
     assert 4 < answer_loss < 9  # about log(vocabulary): the weights are random

@@ -4,13 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import entropy_of, response_logits
+from references import entropy_of, response_logits, token_logprobs
 from test_decode import SAMPLING, request, run
 from tiny_models import SHAPES, causal_lm
 
-from dschat_kit.models.loading import left_aligned, response_columns
-from dschat_kit.rlhf.logprobs import CHUNK, chunked_logprobs, response_logprobs
-from dschat_kit.rlhf.losses import token_logprobs
+from dschat_kit.models.loading import left_aligned, model_inputs, response_columns
+from dschat_kit.rlhf import logprobs
+from dschat_kit.rlhf.logprobs import CHUNK, chunked_logprobs, response_logprobs, sequence_logprobs
 
 
 @given(st.integers(0, 2**30), st.integers(1, 3 * CHUNK), st.floats(0.3, 2.0))
@@ -44,6 +44,30 @@ def test_moving_rows_to_the_left_changes_nothing(architecture):
     assert torch.allclose(entropy, entropy_of(logits, 0.7) * mask, atol=1e-4)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()) + 1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["opt", "bloom", "llama"])
+def test_the_logprob_of_a_response_is_the_sum_of_its_tokens_and_nothing_else(architecture, monkeypatch):
+    """With its gradient; only what is predicted is projected to V, which no more than a chunk of is ever in fp32."""
+    model, asked = causal_lm(architecture), request(lengths=(9, 4, 7))
+    ids, real = asked.prompt_ids, asked.prompt_attention_mask.clone()
+    real[:, :5], real[1] = False, False  # the second row has no response at all
+    inputs = model_inputs(model, ids, asked.prompt_attention_mask)
+    logits = model(**inputs, use_cache=False).logits
+    by_hand = [sum((logits[i, t - 1].log_softmax(-1)[ids[i, t]] for t in range(5, 9) if real[i, t]), torch.zeros(()))
+               for i in range(3)]
+    seen = []
+    chunks = logprobs.chunked_logprobs
+    monkeypatch.setattr(logprobs, "chunked_logprobs", lambda logits, *more: seen.append(len(logits)) or
+                        chunks(logits, *more))
+    found = sequence_logprobs(model, inputs, ids, real)
+    assert torch.allclose(found, torch.stack(by_hand), atol=1e-4) and seen == [int(real.sum())] and found[1] == 0
+    weight, weights = torch.tensor([1.0, 2.0, -3.0]), [p for p in model.parameters() if p.requires_grad]
+    ours = torch.autograd.grad((found * weight).sum(), weights, allow_unused=True)
+    theirs = torch.autograd.grad((torch.stack(by_hand) * weight).sum(), weights, allow_unused=True)
+    for one, other in zip(ours, theirs, strict=True):
+        if other is not None:
+            assert torch.allclose(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()) + 1e-6)
 
 
 def test_columns_point_at_the_token_before_each_response_token():

@@ -110,6 +110,17 @@ def test_a_comma_in_a_path_survives_being_resolved(tmp_path):
                                                     (str(tmp_path / "c.jsonl"), None)]
 
 
+@pytest.mark.parametrize("limit, available", [("max", 900), ("500", 500 - 400 + 250), ("5000", 900)])
+def test_the_limit_of_a_container_bounds_what_can_be_had_and_its_file_cache_does_not(tmp_path, monkeypatch, limit,
+                                                                                     available):
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 900}))
+    assert machine.available_memory() == 900
+    for name, text in (("max", limit), ("current", "400"), ("stat", "anon 150\nactive_file 50\ninactive_file 200\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert machine.available_memory() == available
+
+
 @pytest.mark.parametrize(("asked", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
 def test_freed_memory_is_kept_for_the_next_step_until_it_is_given_back(asked, kept):
     """100 MB that are freed stay with the process, but where the user's MALLOC_ variables ask for something else."""

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from references import response_loss
 from tiny_models import SETTINGS, VOCABULARY, causal_lm, folder
 
 from dschat_kit.config import Ppo
@@ -12,7 +13,7 @@ from dschat_kit.data.datasets import SequenceBatch
 from dschat_kit.models.scalar_model import load_scalar_model, response_values
 from dschat_kit.rlhf.experience import Experience
 from dschat_kit.rlhf.logprobs import response_logprobs
-from dschat_kit.rlhf.losses import sft_loss, value_loss
+from dschat_kit.rlhf.losses import value_loss
 from dschat_kit.rlhf.rollout import Roles
 from dschat_kit.train import ppo
 
@@ -82,7 +83,7 @@ def test_text_is_mixed_into_the_same_step_with_its_weight_however_the_batch_is_c
                                                                                    size):
     alone, *_ = updated(monkeypatch, roles, minibatch, [], micro_batch_size=4)
     logits = roles.actor(input_ids=text.sequences, attention_mask=text.attention_mask.long()).logits
-    loss, _ = sft_loss(logits, text.sequences, text.response_mask, text.response_mask.sum())
+    loss = response_loss(logits, text.sequences, text.response_mask)
     wanted = alone + 0.5 * gradients(roles.actor, loss)
     found, _, happened, row = updated(monkeypatch, roles, minibatch, cut(text, size), micro_batch_size=size,
                                       ptx_coef=0.5)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from references import response_loss
 from tiny_models import causal_lm, folder, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
@@ -22,7 +23,6 @@ from dschat_kit.config import Pipeline
 from dschat_kit.data.datasets import TokenRows, chunks, preference_batch, sft_batch
 from dschat_kit.data.tokenizer import open_tokenizer, pad_id_of
 from dschat_kit.metrics import read_metrics
-from dschat_kit.rlhf.losses import sft_loss
 from dschat_kit.runs import open_run
 
 pytestmark = [pytest.mark.ranks,
@@ -196,8 +196,9 @@ def exported_loss(root: Path, stage: str) -> float:
     for indices in chunks(np.arange(min(96, len(rows))), 16):
         batch = sft_batch(rows.take(indices), pad_id_of(open_tokenizer(root / stage / "model")))
         logits = model(input_ids=batch.sequences, attention_mask=batch.attention_mask).logits
-        total += float(sft_loss(logits, batch.sequences, batch.response_mask, 1.0)[0])
-        tokens += int(batch.response_mask.sum())
+        answered = int(batch.response_mask.sum())
+        total += answered * float(response_loss(logits, batch.sequences, batch.response_mask))
+        tokens += answered
     return total / tokens
 
 

@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from references import response_logits
+from references import response_logits, token_logprobs
 from test_decode import request, run
 from tiny_models import SETTINGS, causal_lm, folder
 
 from dschat_kit.config import Ppo
 from dschat_kit.models.scalar_model import last_token, load_scalar_model
-from dschat_kit.rlhf.losses import policy_loss, token_logprobs
+from dschat_kit.rlhf.losses import policy_loss
 from dschat_kit.rlhf.rollout import Roles, make_experience, score_responses
 
 PPO = Ppo(kl_coef=0.3, missing_eos_score=-3.0)

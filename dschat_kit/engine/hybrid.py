@@ -10,10 +10,9 @@ from contextlib import nullcontext
 from functools import partial
 
 import deepspeed
-import psutil
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.rollout.base import RolloutEngine
+from deepspeed.runtime.rollout.base import RolloutEngine, RolloutRequest, SamplingConfig
 
 from dschat_kit.engine.attention import ATTENTION, FAMILIES, KVSlots, UnknownAttention, kv_bytes_per_token
 from dschat_kit.engine.decode import Plain, Slots, decode
@@ -23,7 +22,7 @@ from dschat_kit.engine.replica import Replica
 from dschat_kit.engine.rollout_types import KitBatch, KitRequest, KitSampling
 from dschat_kit.engine.streamed import Streamed
 from dschat_kit.engine.tensor_parallel import TensorParallel
-from dschat_kit.machine import detect, give_back_freed_memory
+from dschat_kit.machine import available_memory, detect, give_back_freed_memory
 from dschat_kit.models.loading import accepts
 from dschat_kit.runs import RunError
 
@@ -35,7 +34,7 @@ def free_memory(device: torch.device) -> int:
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1  # of torchrun, of DeepSpeed
-    return psutil.virtual_memory().available // int(ranks)
+    return available_memory() // int(ranks)
 
 
 class HybridEngine(RolloutEngine):
@@ -71,8 +70,10 @@ class HybridEngine(RolloutEngine):
         self.path = "slots" if known else "plain"
         self.reason = f"{family} is known" if known else f"{family} is not one of {', '.join(FAMILIES)}"
 
-    def generate(self, request: KitRequest, sampling: KitSampling) -> KitBatch:
-        """Sample responses to this rank's prompts. Every rank has to call it; what is wrong on one is raised on all."""
+    def generate(self, request: RolloutRequest, sampling: SamplingConfig) -> KitBatch:
+        """Sample responses to this rank's prompts. Every rank has to call it; what is wrong on one is raised on all.
+        DeepSpeed's own types will do: seeds are then drawn from torch's generator, and the model says what EOS is."""
+        request, sampling = KitRequest.of(request, sampling), KitSampling.of(sampling, self.engine.module)
         self._agree(self._problem(request, sampling))
         asked = self.parallel.union(request) if self.parallel else request
         try:
@@ -84,6 +85,8 @@ class HybridEngine(RolloutEngine):
                 batch = self.parallel.own(batch, request)
         except RunError as error:  # of the decode loop, on this rank: the others have to hear of it
             batch, problem, self._kv, self._steps = None, error, None, None
+            if self.parallel:
+                problem = RunError(f"rows of {self.parallel.size} ranks that share weights: {error}")
         finally:
             if self.release_inference_cache:
                 self.shutdown()
@@ -92,7 +95,7 @@ class HybridEngine(RolloutEngine):
 
     def _decode(self, model, request: KitRequest, sampling: KitSampling) -> KitBatch:
         rows = request.prompt_ids.shape[0] * sampling.n_samples_per_prompt
-        slots = min(rows, max(self.slots, sampling.n_samples_per_prompt))
+        slots = min(rows, max(sampling.continuous_batch_size or self.slots, sampling.n_samples_per_prompt))
         if self.path == "plain":
             model.set_attn_implementation(self._plain_attention)
             return decode(Plain(model, slots), request, sampling)
@@ -109,31 +112,38 @@ class HybridEngine(RolloutEngine):
         return decode(self._steps, request, sampling)
 
     def _check(self, model, request: KitRequest) -> None:
-        """The first prompts, greedily, against plain transformers; another answer means the plain path from now on."""
+        """The first prompts, greedily, against plain transformers; another answer on any rank means the plain path from
+        now on, on all."""
         if self.parallel:
-            self._check_split(model, request)
+            self._agree(self._split_problem(model, request))
         try:
             difference = (self.streamed.difference if model is self.streamed else partial(first_difference, model))(
                 request)
         except RunError:  # no finite logits: the rollout itself says it, with the right row
-            return
+            difference = ""
         except UnknownAttention as error:
             difference = f"the model has {error}"
-        self._checked = True
-        self.path = "plain" if difference else "slots"
-        self.reason = difference or "greedy tokens equal those of plain transformers"
+        found = self._of_all(difference)
+        self._checked = "" not in found
+        wrong = next((f"rank {rank}: {text}" if len(found) > 1 else text for rank, text in enumerate(found) if text),
+                     None)
+        self.path = "plain" if wrong else "slots"
+        self.reason = wrong or "greedy answers are those of plain transformers, to rounding"
+        if not self._checked:
+            return
         print(f"rollout: path {self.path}: {self.reason}", flush=True)
 
     @torch.no_grad()
-    def _check_split(self, model, request: KitRequest) -> None:
+    def _split_problem(self, model, request: KitRequest) -> RunError | None:
         """Weights split over ranks have to give the logits of the module that is trained."""
         ids = request.prompt_ids[:1, request.prompt_attention_mask[0].bool()]
         model.set_attn_implementation(self._plain_attention)
         split, whole = (found(input_ids=ids).logits[:, -1].float() for found in (model, self.engine.module))
         error = float((split - whole).abs().max() / whole.abs().max())
-        if not error <= TOLERANCE[whole.dtype if self.replica.dtype == torch.float32 else self.replica.dtype]:
-            raise RunError(f"rollout.inference_tp_size={self.parallel.size}: split weights give other logits, by "
-                           f"{error:.2g} of the largest\n  change: rollout.inference_tp_size=1")
+        if error <= TOLERANCE[whole.dtype if self.replica.dtype == torch.float32 else self.replica.dtype]:
+            return None
+        return RunError(f"rollout.inference_tp_size={self.parallel.size}: split weights give other logits, by "
+                        f"{error:.2g} of the largest\n  change: rollout.inference_tp_size=1")
 
     def _problem(self, request: KitRequest, sampling: KitSampling) -> RunError | None:
         if not len(request.prompt_ids):
@@ -144,7 +154,17 @@ class HybridEngine(RolloutEngine):
             return RunError(f"prompt {row} is empty\n  expected: at least one token\n  change: the prompts")
         if sampling.temperature > 0 and request.row_seeds is None:
             return RunError("got no row_seeds\n  expected: one a prompt\n  change: give them, or temperature=0")
-        longest, new = int(request.prompt_attention_mask.sum(1).max()), sampling.max_new_tokens
+        mask, lengths = request.prompt_attention_mask.bool(), request.row_lengths
+        if (mask[:, :-1] & ~mask[:, 1:]).any():
+            return RunError("got prompts with padding behind their tokens\n  expected: padding on the left")
+        if lengths is not None:
+            rows = len(mask) * sampling.n_samples_per_prompt
+            if lengths.shape != (rows,) or lengths.min() < 1 or lengths.max() > sampling.max_new_tokens:
+                return RunError(f"row_lengths: got shape {tuple(lengths.shape)} of {lengths.min()} to {lengths.max()}\n"
+                                f"  expected: ({rows},) of 1 to {sampling.max_new_tokens}, max_new_tokens")
+            if not sampling.stop_token_ids:
+                return RunError("row_lengths: got no stop token\n  expected: one, with which the rows end")
+        longest, new = int(mask.sum(1).max()), sampling.max_new_tokens
         limit = min(self.max_out_tokens or 10**9, getattr(self.replica.model.config, "max_position_embeddings", 10**9))
         if longest + new > limit:
             return RunError(f"a prompt of {longest} tokens and {new} new ones make {longest + new}\n"
@@ -198,11 +218,18 @@ class HybridEngine(RolloutEngine):
         dist.all_reduce(wrong, dist.ReduceOp.MAX)
         if not wrong:
             return
-        found: list = [None] * dist.get_world_size()
-        dist.all_gather_object(found, problem and str(problem))
-        for rank, text in enumerate(found):
+        for rank, text in enumerate(self._of_all(problem and str(problem))):
             if text:
                 raise RunError(f"rank {rank}: {text}")
+
+    @staticmethod
+    def _of_all(text: str | None) -> list[str | None]:
+        """What every rank says, in their order."""
+        if not dist.is_initialized():
+            return [text]
+        found: list = [None] * dist.get_world_size()
+        dist.all_gather_object(found, text)
+        return found
 
     def sync_weights(self, step: int) -> None:
         """Nothing to do: each rollout brings the replica up to date."""

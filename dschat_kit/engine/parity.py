@@ -18,20 +18,18 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 def first_difference(model: nn.Module, request: KitRequest) -> str | None:
     """None when the fast path says what `model.generate` says, or differs by no more than rounding; otherwise the
     first layer that differs and by how much. Leaves the model's attention implementation changed."""
-    lengths = request.prompt_attention_mask.sum(1)
-    shortest = lengths.argsort()[:PROMPTS]
-    width = int(lengths[shortest].max())
-    some = KitRequest(prompt_ids=request.prompt_ids[shortest, -width:],
-                      prompt_attention_mask=request.prompt_attention_mask[shortest, -width:])
+    width = int(request.prompt_attention_mask[:PROMPTS].sum(1).max())
+    some = KitRequest(prompt_ids=request.prompt_ids[:PROMPTS, -width:],
+                      prompt_attention_mask=request.prompt_attention_mask[:PROMPTS, -width:])
     limit = getattr(model.config, "max_position_embeddings", width + TOKENS)
     sampling = KitSampling(max_new_tokens=max(1, min(TOKENS, limit - width)), temperature=0.0)
     model.set_attn_implementation("sdpa")
     said = model.generate(input_ids=some.prompt_ids, attention_mask=some.prompt_attention_mask.long(), use_cache=True,
-                           do_sample=False, max_new_tokens=sampling.max_new_tokens, eos_token_id=None, pad_token_id=0,
+                          do_sample=False, max_new_tokens=sampling.max_new_tokens, eos_token_id=None, pad_token_id=0,
                           output_logits=True, return_dict_in_generate=True)
     plain, best = said.sequences, torch.stack(said.logits, 1).float().log_softmax(-1).amax(-1)
     model.set_attn_implementation(ATTENTION)
-    batch = decode(Slots(model, KVSlots(len(shortest), width + sampling.max_new_tokens)), some, sampling)
+    batch = decode(Slots(model, KVSlots(len(some.prompt_ids), width + sampling.max_new_tokens)), some, sampling)
     close = float((batch.logprobs - best).abs().max()) <= TOLERANCE[next(model.parameters()).dtype]
     return None if close and torch.equal(batch.input_ids, plain) else _locate(model, plain, some)
 

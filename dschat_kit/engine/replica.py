@@ -1,7 +1,7 @@
 """The rollout replica: a plain copy of the trained module without hooks, whose weights are whole and adapters fused.
 
-Below ZeRO-3 it shares every weight that it does not have to change, so it costs nothing; at ZeRO-3 the shards are
-gathered once a rollout, layer by layer. The trained module is only read: nothing has to be undone, and its
+Below ZeRO-3 it shares every weight that it does not have to change (a CPU has packed copies beside them); at ZeRO-3 the
+shards are gathered once a rollout, layer by layer. The trained module is only read: nothing has to be undone, and its
 parameters, shards and `requires_grad` are what they were whatever happens.
 """
 
@@ -12,6 +12,7 @@ from contextlib import nullcontext
 import deepspeed
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from dschat_kit.engine.attention import take_slots
 from dschat_kit.engine.tensor_parallel import TensorParallel
@@ -61,7 +62,7 @@ class Replica:
             parallel.split(self.model)
         self._bytes = sum(parameter.numel() for parameter in self.model.parameters()) * dtype.itemsize
         config.pad_token_id = None  # some families look for it among the tokens of every step, to warn: a wait on a GPU
-        self.model.generation_config = copy.deepcopy(source.generation_config)
+        self.model.generation_config = GenerationConfig()  # a folder's own may hold penalties, which nobody asked for
         self._places: dict[str, list[str]] = {}  # name in the source -> names in the replica; tied weights have several
         first: dict[int, str] = {}
         parameters = dict(source.named_parameters(remove_duplicate=False))

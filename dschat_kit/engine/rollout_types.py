@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from deepspeed.runtime.rollout.base import RolloutBatch, RolloutRequest, SamplingConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass
@@ -14,6 +14,14 @@ class KitRequest(RolloutRequest):
     """(B,) int64: a row with the same seed and prompt gets the same tokens, whatever its batch mates"""
     row_lengths: Tensor | None = None
     """(B * n_samples_per_prompt,): responses are made to end with the first stop token after exactly so many tokens"""
+
+    @classmethod
+    def of(cls, request: RolloutRequest, sampling: SamplingConfig) -> "KitRequest":
+        """A request of ours as it is; one of DeepSpeed's with seeds from torch's generator, where it is sampled."""
+        if isinstance(request, cls):
+            return request
+        seeds = torch.randint(2**62, request.prompt_ids.shape[:1]) if sampling.temperature > 0 else None
+        return cls(request.prompt_ids, request.prompt_attention_mask, row_seeds=seeds)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,9 +49,20 @@ class KitSampling(SamplingConfig):
                                      ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1 (no filter)"),
                                      ("min_p", 0 <= self.min_p <= 1, "0 (no filter) to 1")):
             if not fits:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected {expected}")
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
+        if isinstance(self.stop_strings, str) or not all(self.stop_strings):
+            raise ValueError(f"stop_strings: got {self.stop_strings!r}, expected a tuple of texts that are not empty")
         if self.stop_strings and self.tokenizer is None:
             raise ValueError("stop_strings: got no tokenizer, expected one that decodes what is searched")
+
+    @classmethod
+    def of(cls, sampling: SamplingConfig, model: nn.Module) -> "KitSampling":
+        """Settings of ours as they are; DeepSpeed's with the EOS and the padding of the model."""
+        if isinstance(sampling, cls):
+            return sampling
+        eos, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
+        stops = tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,)
+        return cls(**vars(sampling), stop_token_ids=stops, pad_token_id=pad or 0)
 
     def text_stops(self, tokens: list[int]) -> bool:
         """Whether a response that ends with `tokens` has just completed a stop string."""

@@ -1,8 +1,9 @@
-"""One base model for all four roles of PPO: actor and critic are adapters that are trained, the reward model is a
-frozen one, the reference policy is the base without any. One DeepSpeed engine holds them; each role looks like its own.
+"""Roles of PPO that share weights.
 
-Gradients of actor and critic are clipped by their common norm; a role is active from its forward to its backward pass
-only, in between the actor is.
+Where the actor has adapters, the reference policy is the actor without them. With lora.share_base one base model holds
+all four roles: actor and critic are adapters that are trained, the reward model is a frozen one, the reference policy
+is the base without any. One DeepSpeed engine holds them; each role looks like its own. Gradients of actor and critic
+are clipped by their common norm; a role is active from its forward to its backward pass only, in between the actor is.
 """
 
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import deepspeed
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -67,6 +69,27 @@ class SharedModel(nn.Module):
             return self.causal(*args, **kwargs)
         backbone = getattr(self.causal, self.causal.base_model_prefix)
         return (scalars(backbone, self.heads[role], *args) - self.shift) * self.scale
+
+
+class Reference:
+    """The policy that an actor with adapters began as: its engine, for a forward pass without them."""
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine):
+        from peft.tuners.lora import LoraLayer
+        self.engine, self.module = engine, engine.module
+        self._layers = [layer for layer in engine.module.modules() if isinstance(layer, LoraLayer)]
+
+    @torch.no_grad()
+    def __call__(self, *args, **kwargs):
+        self._use([])
+        try:
+            return self.engine(*args, **kwargs)
+        finally:
+            self._use([ACTOR])
+
+    def _use(self, adapters: list[str]) -> None:
+        for layer in self._layers:  # as SharedModel.use
+            layer._active_adapter = adapters
 
 
 class Role:

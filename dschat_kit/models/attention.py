@@ -1,8 +1,7 @@
 """Causal attention in bf16 on a CPU without AMX, as matrix products; families whose attention is known.
 
-torch's attention kernel takes two to four times as long there, forward and backward (8 rows, 12 heads, Zen 4: 127
-tokens 29 ms beside 8, 512 tokens 160 beside 90). On other machines, for other families and for masks, transformers'
-own choice computes.
+torch's attention kernel takes 1.2 to 3.5 times as long there, forward and backward (docs/performance.md). On other
+machines, for other families and for masks, transformers' own choice computes.
 
 Shapes: B sequences, T tokens, H heads, K key-value heads, D head size.
 """
@@ -30,7 +29,7 @@ blocks of queries, whose probabilities the backward pass computes again. How man
 BLOCK = 128
 """Queries of a block."""
 AT_ONCE = 2**24
-"""Probabilities that exist at a time, 32 MB, rows allowing."""
+"""Probabilities that are computed at a time, 32 MB; at least those of one row."""
 LONGEST = 2048
 """Tokens of a row up to which products were measured to be faster."""
 
@@ -43,35 +42,33 @@ def faster_as_products(like: Tensor) -> bool:
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """(B, H, T, D) from (B, H, T, D) and (B, K, T, D). Scores are rounded to the dtype of the keys, as in transformers'
     eager attention."""
-    B, H, T, _ = query.shape
-    if not faster_as_products(query) or T > LONGEST:
+    if not faster_as_products(query) or query.shape[2] > LONGEST:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling,
-                                              enable_gqa=H != key.shape[1])
-    if H != key.shape[1]:
-        key, value = (part.repeat_interleave(H // part.shape[1], 1) for part in (key, value))
-    rows = max(1, AT_ONCE // (H * T * min(T, BLOCK)))
-    if rows >= B:
-        return _Products.apply(query, key, value, scaling)
-    return torch.cat([_Products.apply(*some, scaling) for some in zip(query.split(rows), key.split(rows),
-                                                                      value.split(rows), strict=True)])
+                                              enable_gqa=query.shape[1] != key.shape[1])
+    return _Products.apply(query, key, value, scaling)
 
 
 class _Products(torch.autograd.Function):
-    """softmax(QK)V by blocks of queries; a block looks at the keys up to its last query."""
+    """softmax(QK)V, a few rows at a time, by blocks of queries; a block looks at the keys up to its last query."""
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """(B, H, T, D) each; what is returned lies in memory as (B, T, H, D)."""
-        H, T, D = query.shape[1:]
-        size = T if H * T * T <= KEPT else BLOCK
+        """As causal_attention; what is returned lies in memory as (B, T, H, D)."""
+        B, H, T, D = query.shape
+        keep = H * T * T <= KEPT
+        size, output, probs = T if keep else BLOCK, _by_token(query), []
         ctx.scaling, ctx.blocks = scaling, [(start, min(T, start + size)) for start in range(0, T, size)]
-        output = _by_token(query)
-        query = torch.mul(query, scaling, out=query.new_empty(query.shape)).view(-1, T, D)
-        key, value = (part.contiguous().view(-1, T, D) for part in (key, value))
-        for start, end in ctx.blocks:
-            probs = _probabilities(query, key, start, end)
-            output[:, :, start:end] = torch.bmm(probs, value[:, :end]).view(-1, H, end - start, D)
-        ctx.save_for_backward(query, key, value, *([probs] if size == T else []))
+        at_once = max(1, AT_ONCE // (H * T * min(T, size)))
+        ctx.rows = [slice(row, row + at_once) for row in range(0, B, at_once)]
+        query = torch.mul(query, scaling, out=query.new_empty(query.shape))
+        key, value = key.contiguous(), value.contiguous()
+        for rows in ctx.rows:
+            queries, keys, values = (_every_head(part[rows], H) for part in (query, key, value))
+            for start, end in ctx.blocks:
+                last = _probabilities(queries, keys, start, end)
+                output[rows, :, start:end] = torch.bmm(last, values[:, :end]).view(-1, H, end - start, D)
+            probs += [last] * keep
+        ctx.save_for_backward(query, key, value, *probs)
         return output
 
     @staticmethod
@@ -80,23 +77,31 @@ class _Products(torch.autograd.Function):
         """Of query, key and value; sums over blocks are in fp32."""
         query, key, value, *kept = ctx.saved_tensors
         H, T, D = grad.shape[1:]
-        grads, sums = [_by_token(grad) for _ in range(3)], []
-        grad = grad.contiguous().view(-1, T, D)
-        for start, end in reversed(ctx.blocks):
-            probs = kept[0] if kept else _probabilities(query, key, start, end)
-            grad_probs = torch.bmm(grad[:, start:end], value[:, :end].mT)
-            grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
-            torch.mul(torch.bmm(grad_scores, key[:, :end]).view(-1, H, end - start, D), ctx.scaling,
-                      out=grads[0][:, :, start:end])
-            parts = torch.bmm(grad_scores.mT, query[:, start:end]), torch.bmm(probs.mT, grad[:, start:end])
-            if sums:
-                for whole, part in zip(sums, parts, strict=True):
-                    whole[:, :end] += part
-            else:  # the last block, which looks at all keys
-                sums = [part if kept else part.float() for part in parts]
-        for target, whole in zip(grads[1:], sums, strict=True):
-            target.copy_(whole.view(target.shape))
+        grads = [_by_token(part) for part in (query, key, value)]
+        for i, rows in enumerate(ctx.rows):
+            sums: list[Tensor] = []
+            queries, keys, values, outer = (_every_head(part[rows], H) for part in (query, key, value, grad))
+            for start, end in reversed(ctx.blocks):
+                probs = kept[i] if kept else _probabilities(queries, keys, start, end)
+                above = outer[:, start:end]
+                scores = torch._softmax_backward_data(torch.bmm(above, values[:, :end].mT), probs, -1, probs.dtype)
+                torch.mul(torch.bmm(scores, keys[:, :end]).view(-1, H, end - start, D), ctx.scaling,
+                          out=grads[0][rows, :, start:end])
+                parts = torch.bmm(scores.mT, queries[:, start:end]), torch.bmm(probs.mT, above)
+                if sums:
+                    for whole, part in zip(sums, parts, strict=True):
+                        whole[:, :end] += part
+                else:  # the last block, which looks at all keys
+                    sums = [part.float() if start else part for part in parts]
+            for target, whole in zip(grads[1:], sums, strict=True):  # heads that share keys add up
+                target[rows] = whole.view(-1, target.shape[1], H // target.shape[1], T, D).sum(2)
         return *grads, None
+
+
+def _every_head(part: Tensor, heads: int) -> Tensor:
+    """(B H, T, D) of (B, K, T, D)."""
+    return part.repeat_interleave(heads // part.shape[1], 1).flatten(0, 1) if part.shape[1] < heads else \
+        part.flatten(0, 1)
 
 
 def _probabilities(query: Tensor, key: Tensor, start: int, end: int) -> Tensor:

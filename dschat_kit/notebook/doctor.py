@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from dschat_kit.machine import Machine, checkout, detect, nvidia_smi
+from dschat_kit.machine import Machine, available_memory, checkout, detect, nvidia_smi
 from dschat_kit.notebook.diagnosis import Check
 
 SETUP = "bash env/setup.sh"
@@ -119,12 +119,8 @@ def _accelerator(machine: Machine, said: dict, gpus: list[str]) -> Check:
 
 def _memory() -> Check:
     """Free memory, with the limit of a container counted."""
-    memory = psutil.virtual_memory()
-    free = memory.available
-    group = Path("/sys/fs/cgroup")
-    if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()) != "max":
-        free = min(free, int(limit) - int((group / "memory.current").read_text()))
-    return Check("memory", f"{free / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free",
+    free = available_memory()
+    return Check("memory", f"{free / 2**30:.1f} of {psutil.virtual_memory().total / 2**30:.1f} GiB free",
                  "warn" if free < 3 * 2**30 else "ok",
                  "the tiny preset takes about 3 GiB with two ranks: close something, or use --num-gpus 1")
 

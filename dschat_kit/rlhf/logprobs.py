@@ -6,6 +6,7 @@ Shapes: B sequences, T prompt + response, A response tokens, V vocabulary, N rea
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dschat_kit.models.loading import accepts, left_aligned, response_columns
@@ -60,6 +61,22 @@ def chunked_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -
     return _ChunkedLogprobs.apply(logits, tokens, temperature)
 
 
+def _logits(model: nn.Module, inputs: dict[str, Tensor], wanted: Tensor) -> Tensor:
+    """(N, V) logits at the N `wanted` (B, T) places; elsewhere nothing is projected to V, where the model allows it."""
+    keep = {"logits_to_keep": wanted} if accepts(model, "logits_to_keep") else {}
+    logits = model(**inputs, use_cache=False, **keep).logits
+    return logits if keep else logits[wanted]
+
+
+def sequence_logprobs(model: nn.Module, inputs: dict[str, Tensor], sequences: Tensor, response_mask: Tensor) -> Tensor:
+    """(B,) log-probabilities of whole responses (B, T), each token predicted from the position before it; `inputs` are
+    those of the forward pass."""
+    real = response_mask[:, 1:].bool()
+    logits = _logits(model, inputs, F.pad(real, (0, 1)))
+    found, _ = chunked_logprobs(logits, sequences[:, 1:][real])
+    return torch.zeros(real.shape, device=logits.device).masked_scatter(real, found).sum(-1)
+
+
 def response_logprobs(model: nn.Module, sequences: Tensor, attention_mask: Tensor, response_length: int,
                       temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """(logprobs, entropy), each (B, A), of the real tokens among the last `response_length`; 0 elsewhere.
@@ -70,9 +87,7 @@ def response_logprobs(model: nn.Module, sequences: Tensor, attention_mask: Tenso
     real = attention_mask[:, -response_length:]
     ids, columns = left_aligned(sequences, attention_mask), response_columns(attention_mask, response_length)
     wanted = torch.zeros(ids.shape, dtype=torch.int, device=ids.device).scatter_add(1, columns, real.int()) > 0
-    keep = {"logits_to_keep": wanted} if accepts(model, "logits_to_keep") else {}
-    logits = model(input_ids=ids, use_cache=False, **keep).logits
-    logits = logits if keep else logits[wanted]
+    logits = _logits(model, {"input_ids": ids}, wanted)
     found = chunked_logprobs(logits, sequences[:, -response_length:][real], temperature)
     logprobs, entropy = (torch.zeros(real.shape, device=ids.device).masked_scatter(real, part) for part in found)
     return logprobs, entropy

@@ -6,24 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["dpo_loss", "policy_loss", "preference_loss", "sequence_logprobs", "sft_loss", "token_logprobs",
-           "value_loss"]
+__all__ = ["dpo_loss", "policy_loss", "preference_loss", "sft_loss", "value_loss"]
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
-    """(B, A) log-probabilities of `tokens` (B, A) under `logits` (B, A, V), in fp32."""
-    scaled = logits.float() / temperature
-    return scaled.gather(-1, tokens[..., None]).squeeze(-1) - scaled.logsumexp(-1)
-
-
-def sequence_logprobs(logits: Tensor, sequences: Tensor, response_mask: Tensor) -> Tensor:
-    """(B,) log-probabilities of whole responses (B, T), each token predicted from the position before it."""
-    return (token_logprobs(logits[:, :-1], sequences[:, 1:]) * response_mask[:, 1:]).sum(-1)
-
-
-def sft_loss(logits: Tensor, sequences: Tensor, response_mask: Tensor, tokens: float | Tensor) -> tuple[Tensor, dict]:
-    """Cross-entropy of the response tokens (B, T), each predicted from the position before it."""
-    loss = -sequence_logprobs(logits, sequences, response_mask).sum() / tokens
+def sft_loss(logprobs: Tensor, tokens: float | Tensor) -> tuple[Tensor, dict]:
+    """Cross-entropy of response tokens from their log-probabilities (any shape)."""
+    loss = -logprobs.sum() / tokens
     return loss, {"loss": loss.detach()}
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from dschat_kit.config import Pipeline
 from dschat_kit.engine.engines import freeze
 from dschat_kit.models.attention import take_products
-from dschat_kit.models.loading import model_inputs
+from dschat_kit.models.loading import DTYPES, model_inputs
 from dschat_kit.models.scalar_model import ScalarModel, last_token
 from dschat_kit.rlhf.losses import policy_loss, value_loss
 from dschat_kit.rlhf.rollout import Roles, Scored, make_experience, score_responses
@@ -63,10 +63,10 @@ def attend(roles: Roles, products: bool) -> None:
 
 def iteration(job: _Job, roles: Roles, temperature: float, generate) -> list[float]:
     """Seconds of each of PHASES; `generate()` returns our engine's batch."""
+    attend(roles, products=True)
     times = [time.perf_counter()]
     batch = generate()
     times.append(time.perf_counter())
-    attend(roles, products=True)
     scored = score_responses(roles, batch.input_ids, batch.attention_mask, batch.response_mask.shape[1], temperature,
                              job.pipeline.rollout.micro_batch_size, reused(job.pipeline, batch))
     experience = make_experience(batch.input_ids, batch.attention_mask, batch.response_mask, batch.finished, scored,
@@ -137,19 +137,23 @@ def ppo(spec: dict) -> dict:
         for name, loop in loops.items():
             dist.barrier()
             seconds[name].append(job.largest(*loop()))
-    useful, forward = job.sum(work.lengths.sum(), work.cost(actor)[0])
+    useful, forward, elements = job.sum(work.lengths.sum(), *work.cost(actor))
     head = 2 * weights_of(actor)[1] * useful
-    gflops, = job.sum(bench.roofline(spec["dtype"], device, peak)["matrix_gflops"])
+    gflops, bandwidth = job.sum(*bench.roofline(spec["dtype"], device, peak).values())
     found = {}
     for name, times in seconds.items():
         total, phases = float(np.median(np.sum(times, 1))), np.median(times, 0).tolist()
         found[name] = {"tokens_per_second": useful / total, "seconds": total, "peak_anon_mb": peaks[name],
                        "phases": dict(zip(PHASES, phases, strict=True))}
     # Once each for generation, ref, reward and values, three times for each trained model; the last three without head.
-    shares = {"share_of_matrix_peak": (10 * forward - 5 * head) / found["kit"]["seconds"] / gflops / 1e9
-              } if "kit" in found else {}
-    return {"engines": found, "useful_tokens": useful, "path": hybrid.path, "reason": hybrid.reason,
-            "reuse_logprobs": job.pipeline.rollout.reuse_logprobs, "roofline": {"matrix_gflops": gflops, **shares}}
+    shares, read = {}, elements * DTYPES[spec["dtype"]].itemsize
+    if "kit" in found:
+        shares = {"share_of_matrix_peak": (10 * forward - 5 * head) / found["kit"]["seconds"] / gflops / 1e9,
+                  "share_of_bandwidth": read / found["kit"]["phases"]["generation"] / bandwidth / 1e9}
+    same = bench.same_greedy_tokens(actor, work) if hybrid.path == "slots" else None
+    return {"engines": found, "identical_greedy_tokens": same, "useful_tokens": useful, "path": hybrid.path,
+            "reason": hybrid.reason, "reuse_logprobs": job.pipeline.rollout.reuse_logprobs,
+            "roofline": {"matrix_gflops": gflops, "read_gb_per_s": bandwidth, **shares}}
 
 
 if __name__ == "__main__":

@@ -27,12 +27,13 @@ from dschat_kit.data.datasets import (
 from dschat_kit.engine.engines import build_engine, freeze, grad_norm, learning_rate, set_learning_rate
 from dschat_kit.models.loading import check_length, model_inputs
 from dschat_kit.models.lora import add_adapters
-from dschat_kit.rlhf.losses import dpo_loss, sequence_logprobs
+from dschat_kit.rlhf.logprobs import sequence_logprobs
+from dschat_kit.rlhf.losses import dpo_loss
 from dschat_kit.rlhf.rollout import Roles
 from dschat_kit.train.ppo_metrics import summary
 from dschat_kit.train.prompts import PromptFeed, evaluate, sampling_of
 from dschat_kit.train.rank import main
-from dschat_kit.train.roles import load_policy, load_reward, rollout_engine
+from dschat_kit.train.roles import load_policy, load_reward, reference, rollout_engine
 from dschat_kit.train.session import Session
 from dschat_kit.train.telemetry import peak_memory_mb
 
@@ -83,7 +84,8 @@ def train(session: Session) -> dict:
 
     after = evaluate(session, hybrid, roles, prompts, sampling, tokenizer, "after")
     session.export(engine.module, tokenizer)
-    return summary(state["before"], after, state, steps) | {"accuracy": state["accuracy"]}
+    return summary(state["before"], after, state, steps) | {
+        "accuracy": state["accuracy"], "rollout": {"path": hybrid.path, "reason": hybrid.reason}}
 
 
 def build_roles(session: Session, tokenizer) -> Roles:
@@ -96,15 +98,15 @@ def build_roles(session: Session, tokenizer) -> Roles:
                           batch_size=settings.batch_size, micro_batch_size=settings.micro_batch_size,
                           world_size=session.world_size, grad_clip=settings.grad_clip,
                           weight_decay=settings.weight_decay)
-    return Roles(actor=engine, critic=None, ref=freeze(load_policy(session, tokenizer), pipeline, session.device),
+    return Roles(actor=engine, critic=None, ref=reference(session, engine, tokenizer),
                  reward=freeze(load_reward(session), pipeline, session.device))
 
 
 def objective(roles: Roles, batch: SequenceBatch, beta: float, pairs: float) -> tuple[Tensor, dict]:
     """(loss, metrics) of a batch of pairs, as parts of means over `pairs`."""
     def logprobs(model: nn.Module) -> Tensor:
-        logits = model(**model_inputs(model, batch.sequences, batch.attention_mask), use_cache=False).logits
-        return sequence_logprobs(logits, batch.sequences, batch.response_mask)
+        inputs = model_inputs(model, batch.sequences, batch.attention_mask)
+        return sequence_logprobs(model, inputs, batch.sequences, batch.response_mask)
 
     with torch.no_grad():
         reference = logprobs(roles.ref)

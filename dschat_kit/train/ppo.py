@@ -26,7 +26,7 @@ from dschat_kit.models.loading import check_length, model_inputs
 from dschat_kit.models.lora import add_adapters
 from dschat_kit.models.scalar_model import response_values
 from dschat_kit.rlhf.experience import Experience
-from dschat_kit.rlhf.logprobs import response_logprobs
+from dschat_kit.rlhf.logprobs import response_logprobs, sequence_logprobs
 from dschat_kit.rlhf.losses import policy_loss, sft_loss, value_loss
 from dschat_kit.rlhf.rewards import next_kl_coef
 from dschat_kit.rlhf.rollout import Roles, Scored, make_experience, score_responses
@@ -43,7 +43,7 @@ from dschat_kit.train.prompts import (
     text_rows,
 )
 from dschat_kit.train.rank import main
-from dschat_kit.train.roles import load_policy, load_reward, rollout_engine
+from dschat_kit.train.roles import load_policy, load_reward, reference, rollout_engine
 from dschat_kit.train.session import Session
 
 
@@ -129,8 +129,8 @@ def iterate(session: Session, roles: Roles, hybrid: HybridEngine, request: KitRe
 
 
 def build_roles(session: Session, tokenizer) -> Roles:
-    """actor and critic as DeepSpeed engines with their optimisers, ref and reward frozen; or all four on one base.
-    Only gae needs a critic."""
+    """actor and critic as DeepSpeed engines with their optimisers, reward frozen, ref too (train/roles.py); or all four
+    on one base. Only gae needs a critic."""
     pipeline, settings = session.pipeline, session.pipeline.ppo
     actor = load_policy(session, tokenizer)
     check_length(actor.config, pipeline.data.max_prompt_tokens + pipeline.sampling.max_new_tokens)
@@ -139,9 +139,9 @@ def build_roles(session: Session, tokenizer) -> Roles:
         engine = trained(session, shared, settings.lr_actor, groups=[shared.trained("actor"), shared.trained("critic")])
         return Roles(**{role: Role(engine, role) for role in ("actor", "critic", "ref", "reward")})
     critic = add_adapters(load_reward(session), pipeline.lora, pipeline.seed) if settings.advantage == "gae" else None
-    return Roles(actor=trained(session, add_adapters(actor, pipeline.lora, pipeline.seed), settings.lr_actor),
-                 critic=trained(session, critic, settings.lr_critic) if critic is not None else None,
-                 ref=freeze(load_policy(session, tokenizer), pipeline, session.device),
+    engine = trained(session, add_adapters(actor, pipeline.lora, pipeline.seed), settings.lr_actor)
+    return Roles(actor=engine, critic=trained(session, critic, settings.lr_critic) if critic is not None else None,
+                 ref=reference(session, engine, tokenizer),
                  reward=freeze(load_reward(session), pipeline, session.device))
 
 
@@ -185,8 +185,9 @@ def update(session: Session, roles: Roles, minibatch: Experience, settings: Ppo,
     for micro, text in itertools.zip_longest(minibatch.by_length().split(settings.micro_batch_size), texts):
         loss, found = (objective or actor_objective)(roles.actor, micro, settings, temperature, tokens)
         if text is not None:
-            logits = roles.actor(**model_inputs(roles.actor, text.sequences, text.attention_mask)).logits
-            ptx_loss, _ = sft_loss(logits, text.sequences, text.response_mask, text_tokens)
+            inputs = model_inputs(roles.actor, text.sequences, text.attention_mask)
+            ptx_loss, _ = sft_loss(sequence_logprobs(roles.actor, inputs, text.sequences, text.response_mask),
+                                   text_tokens)
             loss, found["ptx_loss"] = loss + settings.ptx_coef * ptx_loss, ptx_loss.detach()
         session.backward(roles.actor, loss)
         if roles.critic is not None:

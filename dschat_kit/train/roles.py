@@ -6,14 +6,16 @@ from pathlib import Path
 from deepspeed import DeepSpeedEngine
 from transformers import PreTrainedModel
 
+from dschat_kit.engine.engines import freeze
 from dschat_kit.engine.hybrid import HybridEngine
+from dschat_kit.engine.shared import Reference
 from dschat_kit.engine.zero import sharded_loading
 from dschat_kit.models.loading import load_causal_lm
 from dschat_kit.models.scalar_model import ScalarModel, load_scalar_model
 from dschat_kit.runs import open_run
 from dschat_kit.train.session import Session
 
-__all__ = ["load_policy", "load_reward", "rollout_engine"]
+__all__ = ["load_policy", "load_reward", "reference", "rollout_engine"]
 
 
 def load_policy(session: Session, tokenizer, folder: Path | None = None) -> PreTrainedModel:
@@ -28,6 +30,13 @@ def load_reward(session: Session) -> ScalarModel:
     pipeline, folder = session.pipeline, open_run(session.root, "reward").model_dir
     with sharded_loading(pipeline, folder):
         return load_scalar_model(folder, pipeline.model, pipeline.seed, new_head=False)
+
+
+def reference(session: Session, actor: DeepSpeedEngine, tokenizer):
+    """What the SFT model says: the actor without its adapters, or where it has none a second, frozen model."""
+    if session.pipeline.lora.rank:
+        return Reference(actor)
+    return freeze(load_policy(session, tokenizer), session.pipeline, session.device)
 
 
 def rollout_engine(session: Session, actor: DeepSpeedEngine) -> HybridEngine:

@@ -17,6 +17,7 @@ from dschat_kit.engine.engines import build_engine, grad_norm, learning_rate, se
 from dschat_kit.engine.zero import sharded_loading
 from dschat_kit.models.loading import can_pack, check_length, load_causal_lm, model_inputs
 from dschat_kit.models.lora import add_adapters
+from dschat_kit.rlhf.logprobs import sequence_logprobs
 from dschat_kit.rlhf.losses import sft_loss
 from dschat_kit.train.rank import main
 from dschat_kit.train.session import Session
@@ -56,8 +57,8 @@ def train(session: Session) -> dict:
         for micro in chunks(mine, settings.micro_batch_size):
             batch = make_batch(micro, pad_id).to(session.device)
             inputs = model_inputs(engine, batch.sequences, batch.attention_mask, batch.position_ids)
-            logits = engine(**inputs, use_cache=False).logits
-            part, metrics = sft_loss(logits, batch.sequences, batch.response_mask, tokens)
+            logprobs = sequence_logprobs(engine, inputs, batch.sequences, batch.response_mask)
+            part, metrics = sft_loss(logprobs, tokens)
             session.backward(engine, part)
             loss += metrics["loss"]
         loss, = session.sum(loss)
@@ -90,8 +91,8 @@ def evaluate(session: Session, engine, rows: TokenRows, pad_id: int) -> float:
     for places in chunks(rank_share(filled, session.rank, session.world_size), settings.micro_batch_size):
         batch = sft_batch(rows.take(places % count), pad_id).to(session.device)
         counted = batch.response_mask & torch.from_numpy(places < count).to(session.device)[:, None]
-        logits = engine(**model_inputs(engine, batch.sequences, batch.attention_mask), use_cache=False).logits
-        total += sft_loss(logits, batch.sequences, counted, 1.0)[0]
+        inputs = model_inputs(engine, batch.sequences, batch.attention_mask)
+        total += sft_loss(sequence_logprobs(engine, inputs, batch.sequences, counted), 1.0)[0]
         tokens += counted[:, 1:].sum()
     engine.train()
     total, tokens = session.sum(total, tokens)
