@@ -13,8 +13,8 @@ def response_logits(model, sequences, attention_mask, response_length):
 
 
 def token_logprobs(logits, tokens, temperature=1.0):
-    """(B, A) log-probabilities of `tokens` (B, A) under `logits` (B, A, V), in fp32."""
-    return (logits.float() / temperature).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+    """(B, A) log-probabilities of `tokens` (B, A) under `logits` (B, A, V), computed in fp64."""
+    return (logits.double() / temperature).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1).float()
 
 
 def response_loss(logits, sequences, response_mask):

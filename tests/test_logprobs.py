@@ -23,7 +23,8 @@ def test_chunks_give_the_plain_value_and_gradient(seed, rows, temperature):
     wanted, = torch.autograd.grad((expected * weight).sum(), logits)
     found, entropy = chunked_logprobs(logits, tokens, temperature)
     gradient, = torch.autograd.grad((found * weight).sum(), logits)
-    assert torch.allclose(found, expected, atol=1e-5) and torch.allclose(gradient, wanted, atol=1e-5)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(gradient, wanted, atol=1e-4)  # scaled logits up to 50 round by 4e-6, weights reach 15
     assert torch.allclose(entropy, entropy_of(logits, temperature), atol=1e-4) and not entropy.requires_grad
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import entropy_of, token_logprobs
 
+from dschat_kit.rlhf.logprobs import chunked_logprobs
 from dschat_kit.rlhf.losses import (
     dpo_loss,
     policy_loss,
@@ -31,8 +32,8 @@ def test_logprobs_are_those_of_the_temperature_and_in_fp32():
     torch.manual_seed(0)
     logits, tokens = torch.randn(2, 3, 7).bfloat16(), torch.randint(0, 7, (2, 3))
     expected = (logits.float() / 0.7).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
-    found = token_logprobs(logits, tokens, 0.7)
-    assert found.dtype == torch.float32 and torch.allclose(found, expected, atol=1e-6)
+    found = chunked_logprobs(logits.flatten(0, 1), tokens.flatten(), 0.7)[0]
+    assert found.dtype == torch.float32 and torch.allclose(found, expected.flatten(), atol=1e-6)
     assert torch.allclose(entropy_of(torch.zeros(1, 1, 8)), torch.tensor(8.0).log())
 
 

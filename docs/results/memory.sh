@@ -10,19 +10,19 @@ sets="data.rows=300 data.eval_rows=16 model.hidden_size=768 model.layers=8 model
     ppo.rollout_batch_size=4 ppo.mini_batch_size=4 ppo.micro_batch_size=4 ppo.eval_prompts=4 rollout.micro_batch_size=4
     checkpoint.every_steps=0"
 for stage in sft reward; do
-    dschat "$stage" --preset tiny --run-root "$out/four" --num-gpus 1 --set $sets
+    dschat "$stage" --preset tiny --run-root "$out/three" --num-gpus 1 --set $sets
 done
-mkdir -p "$out/one" && cp -r "$out/four/data" "$out/four/sft" "$out/four/reward" "$out/one/"
+mkdir -p "$out/one" && cp -r "$out/three/data" "$out/three/sft" "$out/three/reward" "$out/one/"
 for share in false true; do
-    root=$([ $share = true ] && echo one || echo four)
+    root=$([ $share = true ] && echo one || echo three)
     dschat ppo --preset tiny --run-root "$out/$root" --num-gpus 1 --set $sets lora.share_base=$share
 done
 python - "$out" <<'PYTHON'
 import json, sys
 from pathlib import Path
-found = {name: json.loads((Path(sys.argv[1]) / name / "ppo/result.json").read_text())["memory_mb"] for name in ("four", "one")}
-print("| phase | four models, MB | one base, MB | saved, MB |\n|---|---|---|---|")
+found = {name: json.loads((Path(sys.argv[1]) / name / "ppo/result.json").read_text())["memory_mb"] for name in ("three", "one")}
+print("| phase | three models, MB | one base, MB | saved, MB |\n|---|---|---|---|")
 for phase in ("generation", "scoring", "training"):
-    four, one = (found[name][phase] for name in ("four", "one"))
-    print(f"| {phase} | {four:.0f} | {one:.0f} | {four - one:.0f} |")
+    three, one = (found[name][phase] for name in ("three", "one"))
+    print(f"| {phase} | {three:.0f} | {one:.0f} | {three - one:.0f} |")
 PYTHON
