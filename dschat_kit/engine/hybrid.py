@@ -85,8 +85,6 @@ class HybridEngine(RolloutEngine):
                 batch = self.parallel.own(batch, request)
         except RunError as error:  # of the decode loop, on this rank: the others have to hear of it
             batch, problem, self._kv, self._steps = None, error, None, None
-            if self.parallel:
-                problem = RunError(f"rows of {self.parallel.size} ranks that share weights: {error}")
         finally:
             if self.release_inference_cache:
                 self.shutdown()
@@ -109,7 +107,10 @@ class HybridEngine(RolloutEngine):
             self._steps = (GraphedSlots(model, self._kv, request.prompt_ids.device) if graphs else
                            Slots(model, self._kv))
         self._kv.clear()  # an interrupted rollout may have left rows
-        return decode(self._steps, request, sampling)
+        try:
+            return decode(self._steps, request, sampling)
+        except RunError as error:  # it names a row, of all that the group decodes
+            raise RunError(f"rows of {self.parallel.size} ranks: {error}") if self.parallel else error from None
 
     def _check(self, model, request: KitRequest) -> None:
         """The first prompts, greedily, against plain transformers; another answer on any rank means the plain path from
