@@ -9,6 +9,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.rollout.base import RolloutRequest, SamplingConfig
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from test_decode import SAMPLING, request, responses, run
 from test_hybrid import with_adapters
@@ -16,7 +17,7 @@ from tiny_models import SHAPES, VOCABULARY, causal_lm
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from dschat_kit.config import Pipeline
-from dschat_kit.engine import ds_config, replica
+from dschat_kit.engine import attention, ds_config, replica
 from dschat_kit.engine import hybrid as hybrid_module
 from dschat_kit.engine.engines import build_engine
 from dschat_kit.engine.hybrid import HybridEngine
@@ -112,6 +113,32 @@ def check_split(stage: int, adapters: bool) -> None:
         print(f"ZeRO {stage} adapters {adapters}: split is whole", flush=True)
 
 
+def check_agreement() -> None:
+    """A fast path that is wrong on one rank alone is left by all. DeepSpeed's own types are drawn apart on the ranks,
+    however alike these are seeded."""
+    rank, honest = dist.get_rank(), attention.KVSlots.attend
+    pipeline = Pipeline().with_overrides(["model.dtype=fp32"])
+    engine = build_engine(causal_lm("opt"), pipeline, lr=0.05, batch_size=4, micro_batch_size=2, world_size=2,
+                          grad_clip=1.0)
+    hybrid = HybridEngine(engine, micro_batch_size=4)
+    if rank:
+        attention.KVSlots.attend = lambda self, layer, query, key, value, scaling, *more: honest(
+            self, layer, query, key, value, scaling * (1.7 if layer == 1 and query.shape[2] == 1 else 1.0), *more)
+    asked = request(lengths=(3, 6, 4, 6, 5) if rank else (2, 5, 9, 1), seed=rank)
+    batch = hybrid.generate(asked, SAMPLING)
+    attention.KVSlots.attend = honest
+    assert hybrid.path == "plain" and "rank 1: layer 1 differs from plain" in hybrid.reason, hybrid.reason
+    assert responses(batch) == responses(run(causal_lm("opt"), asked, path="plain"))
+    torch.manual_seed(0)
+    alike, found = request(seed=0), [None, None]
+    batch = hybrid.generate(RolloutRequest(alike.prompt_ids, alike.prompt_attention_mask),
+                            SamplingConfig(max_new_tokens=8, temperature=1.0))
+    dist.all_gather_object(found, responses(batch))
+    assert found[0] != found[1]
+    if rank == 0:
+        print("the ranks agree", flush=True)
+
+
 def follow_gathered(module: torch.nn.Module) -> list[float]:
     """A list whose last entry becomes the largest share of the weights that was whole, or on its way, at once."""
     peak, whole = [0.0], sum(parameter.ds_numel for parameter in module.parameters())
@@ -134,7 +161,7 @@ def check_streamed(architecture: str, adapters: bool) -> None:
     engine = build_engine(model, pipeline, lr=0.05, batch_size=4, micro_batch_size=2, world_size=2, grad_clip=1.0)
     asked = request(lengths=(3, 6, 4, 6, 5, 2, 2) if rank else (2, 9), seed=rank)
     whole = HybridEngine(engine, micro_batch_size=3, gather="rollout").generate(asked, SAMPLING)
-    before, attention = state_of(engine), model.config._attn_implementation
+    before, implementation = state_of(engine), model.config._attn_implementation
     peak = follow_gathered(model)
     short = HybridEngine(engine, micro_batch_size=3)
     hybrid_module.free_memory = lambda device: short.replica.needed_bytes() - rank
@@ -148,7 +175,7 @@ def check_streamed(architecture: str, adapters: bool) -> None:
         assert engine_of_steps.gather == "step"
         assert engine_of_steps.path == ("plain" if architecture == "gemma2" else "slots"), engine_of_steps.reason
     assert all(torch.equal(one, two) for one, two in zip(before, state_of(engine), strict=True))
-    assert model.training and model.config._attn_implementation == attention
+    assert model.training and model.config._attn_implementation == implementation
     empty = request(lengths=(3,))
     logits, honest = model.get_output_embeddings(), type(model.get_output_embeddings()).forward
     logits.forward = lambda hidden: honest(logits, hidden) + (float("nan") if rank else 0)
@@ -214,6 +241,7 @@ if __name__ == "__main__":
     for zero_stage in range(4):
         for lora in (False, True):
             check(zero_stage, lora)
+    check_agreement()
     check_split(0, False)
     check_split(3, True)
     free_memory = hybrid_module.free_memory

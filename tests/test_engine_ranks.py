@@ -121,6 +121,7 @@ def test_dpo_begins_at_the_sft_model_and_learns_its_pairs(alone):
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and abs(rows[0]["margin"]) < 1e-5
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.02 and rows[-1]["margin"] > 0.05
     assert result["kl"] > 1e-3 and result["gold_before"] is not None and result["accuracy"] == rows[-1]["eval_accuracy"]
+    assert result["rollout"]["path"] == "slots" and result["rollout"]["reason"]
 
 
 def test_an_exported_model_is_judged_as_it_was_while_it_trained_and_best_of_n_takes_the_best(alone):

@@ -301,4 +301,5 @@ def test_two_ranks_at_every_zero_stage(tmp_path):
                           text=True, timeout=550)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     assert done.stdout.count("all is well") == 8 and done.stdout.count("split is whole") == 2
+    assert done.stdout.count("the ranks agree") == 1
     assert done.stdout.count("streamed is whole") == 5

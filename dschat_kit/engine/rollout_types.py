@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.rollout.base import RolloutBatch, RolloutRequest, SamplingConfig
 from torch import Tensor, nn
 
@@ -21,6 +22,8 @@ class KitRequest(RolloutRequest):
         if isinstance(request, cls):
             return request
         seeds = torch.randint(2**62, request.prompt_ids.shape[:1]) if sampling.temperature > 0 else None
+        if seeds is not None and dist.is_initialized():
+            seeds += dist.get_rank()  # ranks may be seeded alike
         return cls(request.prompt_ids, request.prompt_attention_mask, row_seeds=seeds)
 
     def __post_init__(self) -> None:
