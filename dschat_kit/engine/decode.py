@@ -120,7 +120,8 @@ class _Responses:
         if self.lengths is not None:
             ends = place + 1 == self.lengths.to(index.device)[index]
             forced = torch.where(ends, self.stops[0], -1)
-            logits[:, self.stops] = logits[:, self.stops].masked_fill(~ends[:, None], -1e9)
+            never = max(-1e9, torch.finfo(logits.dtype).min)  # finite, so that 0 times it is 0
+            logits[:, self.stops] = logits[:, self.stops].masked_fill(~ends[:, None], never)
         uniforms = None if self.uniforms is None else self.uniforms[index, place]
         tokens, logprobs, entropy = sample_tokens(logits, uniforms, self.sampling, forced)
         bad = ~torch.isfinite(logprobs)

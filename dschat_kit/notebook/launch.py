@@ -79,8 +79,9 @@ def child_environment(argv: list[str], port: int) -> dict[str, str]:
     defaults = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1",
                 "OMP_WAIT_POLICY": "passive", "MASTER_PORT": str(port)}
     if machine.accelerator == "cpu":
-        threads = machine.cores // max(1, int(ranks) if ranks.isdigit() else 1)
-        defaults |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, threads))}
+        defaults["DS_ACCELERATOR"] = "cpu"
+        if ranks.isdigit():  # else another launcher knows how many there are here, and a rank takes its share
+            defaults["OMP_NUM_THREADS"] = str(max(1, machine.cores // max(1, int(ranks))))
     return {**defaults, **os.environ, "PATH": own_path()}
 
 
