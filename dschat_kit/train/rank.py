@@ -93,7 +93,8 @@ def start_distributed(seed: int, patience: float = 30.0) -> torch.device:
                        "MASTER_PORT": str(port)}
     machine = detect()
     if machine.accelerator == "cpu":
-        threads = os.environ.get("OMP_NUM_THREADS") or max(1, machine.cores // int(os.environ["WORLD_SIZE"]))
+        here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
+        threads = os.environ.get("OMP_NUM_THREADS") or max(1, machine.cores // int(here))
         torch.set_num_threads(int(threads))
         keep_freed_memory()
     # Plain gloo is no slower than the shared-memory all-reduce that DeepSpeed would compile at first use.
