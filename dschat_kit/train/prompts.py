@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dschat_kit.config import ConfigError, Pipeline, Ppo
+from dschat_kit.config import Pipeline, Ppo
 from dschat_kit.data.datasets import (
     PromptBatch,
     SequenceBatch,
@@ -91,15 +91,8 @@ class TextFeed:
 
 
 def sampling_of(pipeline: Pipeline, tokenizer, pad_id: int) -> KitSampling:
-    """Sampling for PPO. Raises ConfigError for what would sample from another distribution than the trained one."""
-    sampling = pipeline.sampling
-    if sampling.top_p < 1 or sampling.top_k > 0 or sampling.temperature == 0:
-        raise ConfigError(f"sampling: got temperature={sampling.temperature} top_p={sampling.top_p} "
-                          f"top_k={sampling.top_k}\n"
-                          "  expected: for PPO temperature above 0, top_p=1 and top_k=0: what is filtered has other "
-                          "probabilities than the trained policy's\n"
-                          "  change:   --set sampling.temperature=1 sampling.top_p=1 sampling.top_k=0")
-    return KitSampling(max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
+    """Sampling for PPO; the configuration allows no filter, which would have another distribution than the policy."""
+    return KitSampling(max_new_tokens=pipeline.sampling.max_new_tokens, temperature=pipeline.sampling.temperature,
                        stop_token_ids=(tokenizer.eos_token_id,), pad_token_id=pad_id)
 
 
