@@ -60,7 +60,7 @@ def train(session: Session) -> dict:
         clock = time.perf_counter()
         lr = learning_rate(settings.lr, step, steps, settings.warmup, settings.min_lr, "cosine")
         set_learning_rate(engine, lr)
-        mine = by_length(rows.take(rank_share(sampler.indices(step), session.rank, session.world_size)))
+        mine = by_length(rows.take(sampler.share(step, session.rank, session.world_size)))
         sums = {}
         for micro in chunks(mine, settings.micro_batch_size):
             loss, metrics = objective(roles, preference_batch(micro, pad_id).to(session.device), settings.beta,

@@ -86,7 +86,7 @@ class TextFeed:
 
     def at(self, step: int) -> list[SequenceBatch]:
         """This rank's rows, as many as a minibatch has, in micro batches."""
-        mine = self.rows.take(rank_share(self.sampler.indices(step), self.session.rank, self.session.world_size))
+        mine = self.rows.take(self.sampler.share(step, self.session.rank, self.session.world_size))
         return [sft_batch(part, self.pad_id).to(self.session.device) for part in chunks(mine, self.size)]
 
 

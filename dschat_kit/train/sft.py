@@ -46,7 +46,7 @@ def train(session: Session) -> dict:
         clock = time.perf_counter()
         lr = learning_rate(settings.lr, step, steps, settings.warmup, settings.min_lr, "cosine")
         set_learning_rate(engine, lr)
-        mine = by_length(rows.take(rank_share(sampler.indices(step), session.rank, session.world_size)))
+        mine = by_length(rows.take(sampler.share(step, session.rank, session.world_size)))
         lengths = [(len(row["prompt_ids"]) + len(row["chosen_ids"]), len(row["chosen_ids"])) for row in mine]
         tokens, = session.sum(sum(answered for _, answered in lengths))
         loss = 0.0
