@@ -55,7 +55,7 @@ def _run_stage(stage: Callable[[Session], dict], args) -> int:
             try:
                 watch = Watch(lambda error: _failed(run, rank, error, errors))
                 watch.take_signals()
-                _start(run)
+                start_distributed(run.pipeline.seed, max(30, 2 * run.pipeline.telemetry.hang_minutes))
                 session = Session(run, args.resume == "auto", console, watch)
                 session.finish(stage(session))
                 watch.stop()
@@ -76,10 +76,6 @@ def _claim(run: StageRun, resume: bool) -> None:
         raise RunError(f"{run.path} is {'interrupted' if state == 'running' else state}\n"
                        f"  change: {go_on}dschat {run.stage} --fresh to begin again")
     run.update_status(state="running", started=time.time(), error=None, pid=os.getpid(), host=socket.gethostname())
-
-
-def _start(run: StageRun) -> None:
-    start_distributed(run.pipeline.seed, max(30, 2 * run.pipeline.telemetry.hang_minutes))
 
 
 def start_distributed(seed: int, patience: float = 30.0) -> torch.device:

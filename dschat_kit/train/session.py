@@ -217,8 +217,9 @@ class Session:
         """Write result.json, the model cards and the final status."""
         result["memory_mb"] = dict(zip(self.memory, self.largest(*self.memory.values()), strict=True))
         if self.is_main:
+            versions = {name: metadata.version(name) for name in ("torch", "deepspeed", "transformers", "datasets")}
             common = {"config_hash": self.run.config["config_hash"], "seed": self.pipeline.seed,
-                      "world_size": self.world_size, "resumed_from": self.resumed_from, "versions": _versions()}
+                      "world_size": self.world_size, "resumed_from": self.resumed_from, "versions": versions}
             for name, what in (("model", ""), ("ema", ", moving average of the weights")):
                 if (self.run.path / name).exists():
                     card = model_card(self.run, {**result, **common}, what)
@@ -232,7 +233,3 @@ class Session:
         if self.is_main:
             print(f"{self.run.stage:<6} {text}", file=self.console, flush=True)
         print(text, flush=True)
-
-
-def _versions() -> dict:
-    return {name: metadata.version(name) for name in ("torch", "deepspeed", "transformers", "datasets")}
