@@ -25,7 +25,7 @@ from dschat_kit.data.datasets import (
     rank_share,
 )
 from dschat_kit.engine.engines import freeze, learning_rate, set_learning_rate
-from dschat_kit.models.loading import check_length, model_inputs
+from dschat_kit.models.loading import check_length
 from dschat_kit.rlhf.logprobs import sequence_logprobs
 from dschat_kit.rlhf.losses import dpo_loss
 from dschat_kit.rlhf.rollout import Roles
@@ -99,8 +99,7 @@ def build_roles(session: Session, tokenizer) -> Roles:
 def objective(roles: Roles, batch: SequenceBatch, beta: float, pairs: float) -> tuple[Tensor, dict]:
     """(loss, metrics) of a batch of pairs, as parts of means over `pairs`."""
     def logprobs(model: nn.Module) -> Tensor:
-        inputs = model_inputs(model, batch.sequences, batch.attention_mask)
-        return sequence_logprobs(model, inputs, batch.sequences, batch.response_mask)
+        return sequence_logprobs(model, batch.sequences, batch.attention_mask, batch.response_mask)
 
     with torch.no_grad():
         reference = logprobs(roles.ref)

@@ -22,7 +22,7 @@ from dschat_kit.engine.engines import build_engine, freeze, grad_norm, learning_
 from dschat_kit.engine.hybrid import HybridEngine
 from dschat_kit.engine.rollout_types import KitBatch, KitRequest, KitSampling
 from dschat_kit.engine.shared import Role, SharedModel
-from dschat_kit.models.loading import check_length, model_inputs
+from dschat_kit.models.loading import check_length
 from dschat_kit.models.lora import add_adapters
 from dschat_kit.models.scalar_model import response_values
 from dschat_kit.rlhf.experience import Experience
@@ -185,9 +185,8 @@ def update(session: Session, roles: Roles, minibatch: Experience, settings: Ppo,
     for micro, text in itertools.zip_longest(minibatch.by_length().split(settings.micro_batch_size), texts):
         loss, found = (objective or actor_objective)(roles.actor, micro, settings, temperature, tokens)
         if text is not None:
-            inputs = model_inputs(roles.actor, text.sequences, text.attention_mask)
-            ptx_loss, _ = sft_loss(sequence_logprobs(roles.actor, inputs, text.sequences, text.response_mask),
-                                   text_tokens)
+            ptx_loss, _ = sft_loss(sequence_logprobs(roles.actor, text.sequences, text.attention_mask,
+                                                     text.response_mask), text_tokens)
             loss, found["ptx_loss"] = loss + settings.ptx_coef * ptx_loss, ptx_loss.detach()
         session.backward(roles.actor, loss)
         if roles.critic is not None:

@@ -15,7 +15,7 @@ import torch
 from dschat_kit.data.datasets import StepSampler, TokenRows, by_length, chunks, packed_sft_batch, rank_share, sft_batch
 from dschat_kit.engine.engines import learning_rate, set_learning_rate
 from dschat_kit.engine.zero import sharded_loading
-from dschat_kit.models.loading import can_pack, check_length, load_causal_lm, model_inputs
+from dschat_kit.models.loading import can_pack, check_length, load_causal_lm
 from dschat_kit.rlhf.logprobs import sequence_logprobs
 from dschat_kit.rlhf.losses import sft_loss
 from dschat_kit.train.rank import main
@@ -52,8 +52,8 @@ def train(session: Session) -> dict:
         loss = 0.0
         for micro in chunks(mine, settings.micro_batch_size):
             batch = make_batch(micro, pad_id).to(session.device)
-            inputs = model_inputs(engine, batch.sequences, batch.attention_mask, batch.position_ids)
-            logprobs = sequence_logprobs(engine, inputs, batch.sequences, batch.response_mask)
+            logprobs = sequence_logprobs(engine, batch.sequences, batch.attention_mask, batch.response_mask,
+                                         batch.position_ids)
             part, metrics = sft_loss(logprobs, tokens)
             session.backward(engine, part)
             loss += metrics["loss"]
@@ -84,8 +84,7 @@ def evaluate(session: Session, engine, rows: TokenRows, pad_id: int) -> float:
     for places in chunks(rank_share(filled, session.rank, session.world_size), settings.micro_batch_size):
         batch = sft_batch(rows.take(places % count), pad_id).to(session.device)
         counted = batch.response_mask & torch.from_numpy(places < count).to(session.device)[:, None]
-        inputs = model_inputs(engine, batch.sequences, batch.attention_mask)
-        total += sft_loss(sequence_logprobs(engine, inputs, batch.sequences, counted), 1.0)[0]
+        total += sft_loss(sequence_logprobs(engine, batch.sequences, batch.attention_mask, counted), 1.0)[0]
         tokens += counted[:, 1:].sum()
     engine.train()
     total, tokens = session.sum(total, tokens)
