@@ -119,7 +119,7 @@ def main(jobs: list[dict]) -> None:
     for job in jobs:
         run = StageRun(job["path"])
         if first:
-            rank._start(run)
+            rank.start_distributed(run.pipeline.seed)
             first = False
         saving.SHARD_BYTES, Counted.peak = job.get("shard_bytes", 2**31), 0
         session = Counting(run, resume=job.get("resume", False), console=sys.stdout,

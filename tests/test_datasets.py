@@ -22,7 +22,7 @@ from dschat_kit.data.datasets import (
     sft_batch,
 )
 from dschat_kit.data.store import table_writer
-from dschat_kit.models.loading import can_pack, model_inputs
+from dschat_kit.models.loading import can_pack
 from dschat_kit.models.scalar_model import last_token
 from dschat_kit.rlhf.logprobs import sequence_logprobs
 from dschat_kit.rlhf.losses import preference_loss, sft_loss
@@ -176,8 +176,8 @@ def test_the_loss_of_packed_rows_is_that_of_padded_ones_where_the_family_keeps_t
     assert apart == (family != "opt")  # it makes a mask of its own, in which all tokens see those before them
     losses = []
     for batch in (sft_batch(rows, 0), packed_sft_batch(rows, 0)):
-        inputs = model_inputs(model, batch.sequences, batch.attention_mask, batch.position_ids)
-        logprobs = sequence_logprobs(model, inputs, batch.sequences, batch.response_mask)
+        logprobs = sequence_logprobs(model, batch.sequences, batch.attention_mask, batch.response_mask,
+                                     batch.position_ids)
         losses.append(sft_loss(logprobs, 25)[0].item())
     assert (abs(losses[0] - losses[1]) <= 1e-5) == apart
     assert len(packed_sft_batch(rows, 0).sequences) == 3

@@ -15,10 +15,6 @@ def experience(B=6, T=7, A=4):
                       response_mask=torch.ones(B, A, dtype=torch.bool), scores=torch.arange(B).float(), **numbers)
 
 
-def test_responses_are_the_last_columns():
-    assert torch.equal(experience().responses, experience().sequences[:, 3:])
-
-
 def test_select_keeps_the_fields_of_a_row_together():
     whole, some = experience(), experience().select([4, 1])
     for field in dataclasses.fields(Experience):

@@ -8,6 +8,7 @@ import sys
 import weakref
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from test_ranks import environment
 from tiny_models import causal_lm
 
 from dschat_kit import machine
-from dschat_kit.config import Lora, Rollout
+from dschat_kit.config import Lora, Pipeline, Rollout
 from dschat_kit.engine import attention, hybrid, parity, replica
 from dschat_kit.engine.hybrid import HybridEngine
 from dschat_kit.engine.shared import Reference
@@ -26,6 +27,7 @@ from dschat_kit.models.attention import take_products
 from dschat_kit.models.lora import add_adapters, merge_adapters
 from dschat_kit.rlhf.logprobs import response_logprobs
 from dschat_kit.runs import RunError
+from dschat_kit.train.roles import rollout_engine
 
 GREEDY = replace(SAMPLING, temperature=0.0)
 
@@ -64,6 +66,11 @@ def test_it_generates_what_the_plain_path_generates(architecture):
     assert responses(engine.generate(asked, SAMPLING)) == responses(run(causal_lm(architecture), asked, path="plain"))
     assert engine.path == ("plain" if architecture == "gemma2" else "slots") and engine.reason
     assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_frozen_model_answers_alone_or_in_the_engine_that_zero_3_has_it_in():
+    model, session = causal_lm(), SimpleNamespace(pipeline=Pipeline(), device="cpu", follow=lambda module: None)
+    assert all(rollout_engine(session, actor).engine.module is model for actor in (model, Engine(model)))
 
 
 def test_weights_are_shared_and_memory_is_let_go():

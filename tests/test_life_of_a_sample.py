@@ -18,7 +18,7 @@ from dschat_kit.data.tokenizer import pad_id_of
 from dschat_kit.engine.decode import Plain, decode
 from dschat_kit.engine.rollout_types import KitRequest
 from dschat_kit.metrics import JsonlWriter, read_metrics
-from dschat_kit.models.loading import load_causal_lm, model_inputs
+from dschat_kit.models.loading import load_causal_lm
 from dschat_kit.models.saving import save_folder
 from dschat_kit.models.scalar_model import last_token, load_scalar_model, response_values
 from dschat_kit.rlhf.logprobs import response_logprobs, sequence_logprobs
@@ -75,8 +75,7 @@ def test_one_record_is_followed_to_the_end(world, tmp_path):
     sft, pair = sft_batch([row], world.pad_id), preference_batch([row], world.pad_id)
     prompts = pad_prompts([row], places["ppo"][:1], world.pad_id)
     assert sft.response_mask.sum() == len(row["chosen_ids"]) and prompts.sample_ids == [record.sample_id]
-    inputs = model_inputs(world.roles.actor, sft.sequences, sft.attention_mask)
-    logprobs = sequence_logprobs(world.roles.actor, inputs, sft.sequences, sft.response_mask)
+    logprobs = sequence_logprobs(world.roles.actor, sft.sequences, sft.attention_mask, sft.response_mask)
     answer_loss, _ = sft_loss(logprobs, sft.response_mask.sum())
     chosen, rejected = last_token(world.roles.reward(pair.sequences, pair.attention_mask), pair.attention_mask).chunk(2)
     pair_loss, _ = preference_loss(chosen, rejected, pairs=1)

@@ -61,7 +61,7 @@ def test_the_logprob_of_a_response_is_the_sum_of_its_tokens_and_nothing_else(arc
     chunks = logprobs.chunked_logprobs
     monkeypatch.setattr(logprobs, "chunked_logprobs", lambda logits, *more: seen.append(len(logits)) or
                         chunks(logits, *more))
-    found = sequence_logprobs(model, inputs, ids, real)
+    found = sequence_logprobs(model, ids, asked.prompt_attention_mask, real)
     assert torch.allclose(found, torch.stack(by_hand), atol=1e-4) and seen == [int(real.sum())] and found[1] == 0
     weight, weights = torch.tensor([1.0, 2.0, -3.0]), [p for p in model.parameters() if p.requires_grad]
     ours = torch.autograd.grad((found * weight).sum(), weights, allow_unused=True)

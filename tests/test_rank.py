@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dschat_kit.config import ConfigError, Pipeline
 from dschat_kit.runs import RunError, open_run, write_json
+from dschat_kit.train import rank
 from dschat_kit.train.rank import _claim, _explain, _failed
 from dschat_kit.train.watch import Interrupted
 
@@ -107,6 +109,21 @@ def test_a_rank_that_hangs_before_its_first_step_is_ended_with_its_stack(run):
     done = start(run, "--resume", program=("-c", loading))
     assert done.returncode == 1 and "no progress for 1.2 s" in done.stderr and run.status["state"] == "failed"
     assert "in load" in (run.logs / "rank0.log").read_text()
+
+
+@pytest.mark.parametrize(("name", "threads"), [("LOCAL_SIZE", 4), ("LOCAL_WORLD_SIZE", 4), ("", 1)])
+def test_the_ranks_of_one_machine_share_its_cores_not_those_of_all(monkeypatch, name, threads):
+    for variable in ("OMP_NUM_THREADS", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in {"RANK": "0", "WORLD_SIZE": "8", **({name: "2"} if name else {})}.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(rank, "detect", lambda: SimpleNamespace(accelerator="cpu", cores=8))
+    monkeypatch.setattr(rank, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(rank.deepspeed, "init_distributed", lambda **how: None)
+    found = []
+    monkeypatch.setattr(rank.torch, "set_num_threads", found.append)
+    rank.start_distributed(0)
+    assert found == [threads]
 
 
 def test_a_folder_in_use_is_left_alone(run):

@@ -94,8 +94,9 @@ def test_first_minibatch_has_ratio_1_and_a_policy_equal_to_ref_has_no_kl(roles, 
     experience = experience_of(dataclasses.replace(roles, ref=causal_lm(seed=0)), batch)
     assert torch.equal(experience.logprobs, experience.ref_logprobs)
     for part in experience.select([5, 0, 3, 1]).split(2):
-        logits = response_logits(roles.actor, part.sequences, part.attention_mask, part.response_mask.shape[1])
-        _, metrics = policy_loss(token_logprobs(logits, part.responses), part.logprobs, part.advantages,
+        A = part.response_mask.shape[1]
+        logits = response_logits(roles.actor, part.sequences, part.attention_mask, A)
+        _, metrics = policy_loss(token_logprobs(logits, part.sequences[:, -A:]), part.logprobs, part.advantages,
                                  part.response_mask, 0.2, part.response_mask.sum())
         assert abs(float(metrics["ratio_max"]) - 1) < 1e-5 and abs(float(metrics["approx_kl"])) < 1e-5
 

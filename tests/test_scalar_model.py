@@ -78,6 +78,15 @@ def test_normalised_scores_have_mean_0_and_export_keeps_it(model, tmp_path):
     assert (round(model.shift, 6), round(model.scale, 6)) == before
 
 
+def test_a_new_head_on_a_reward_model_forgets_the_old_shift_and_scale(tmp_path):
+    """Its margins would be that many times the log-odds, and be reported as badly calibrated."""
+    old = load_scalar_model(folder(tmp_path / "first"), SETTINGS, 0, new_head=True)
+    old.normalise(3.0, 2.0)
+    save_folder(old.classifier, tokenizer(), tmp_path / "model")
+    new = load_scalar_model(tmp_path / "model", SETTINGS, 1, new_head=True)
+    assert (new.shift, new.scale) == (0.0, 1.0)
+
+
 def test_a_folder_without_a_head_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="score.weight"):
         load_scalar_model(folder(tmp_path), SETTINGS, 0, new_head=False)

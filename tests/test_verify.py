@@ -52,7 +52,7 @@ def session(tmp_path_factory):
         for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
                             "MASTER_PORT": str(free_port())}.items():
             patch.setenv(name, value)
-        rank._start(run)
+        rank.start_distributed(0)
         yield Session(run, False, sys.stderr, Watch(lambda error: 1))
         dist.destroy_process_group()
     for number, handler in handlers.items():

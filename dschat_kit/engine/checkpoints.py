@@ -44,7 +44,8 @@ def save_checkpoint(folder: Path, engines: dict[str, deepspeed.DeepSpeedEngine],
         raise RunError(f"cannot write {temporary}: the disk may be full ({str(error).splitlines()[0]})\n"
                        "  change: free space, or a smaller checkpoint.keep") from error
     dist.barrier()
-    parts = _gathered({name: _fingerprint(temporary / name) for name in _share(_files(temporary))})
+    written = [str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file()]
+    parts = _gathered({name: _fingerprint(temporary / name) for name in _share(written)})
     if main:
         files = functools.reduce(operator.or_, parts)
         write_json(temporary / "state.json", {"step": step, "world_size": dist.get_world_size(), "elapsed": elapsed,
@@ -127,10 +128,6 @@ def _look(place: Path) -> tuple[dict, str]:
 def _places(folder: Path) -> list[Path]:
     """The checkpoints, oldest first. By name alone step-1000000 would stand before step-999999, and be deleted."""
     return sorted(folder.glob("step-*"), key=lambda place: (len(place.name), place.name))
-
-
-def _files(place: Path) -> list[str]:
-    return sorted(str(path.relative_to(place)) for path in place.rglob("*") if path.is_file())
 
 
 def _share(names) -> list[str]:

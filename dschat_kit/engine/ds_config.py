@@ -11,9 +11,8 @@ are gathered ahead or kept for their next use: DeepSpeed's 10^9 are the whole of
 
 def deepspeed_config(zero: Zero, dtype: str, *, micro_batch_size: int, accumulation: int, grad_clip: float) -> dict:
     """The dictionary for `deepspeed.initialize`, the user's own JSON merged over ours. Losses are already means over
-    the global batch, so nothing is prescaled; the optimiser is handed over, so none is named here. Raises ConfigError
-    where the JSON contradicts a typed setting."""
-    zero.check_user_json(dtype)
+    the global batch, so nothing is prescaled; the optimiser is handed over, so none is named here. The pipeline has
+    seen that the JSON contradicts no typed setting."""
     optimisation = {"stage": zero.stage}
     if zero.stage:
         optimisation |= {"overlap_comm": False, "contiguous_gradients": True, "reduce_bucket_size": BUCKET,

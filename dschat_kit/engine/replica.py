@@ -7,15 +7,14 @@ parameters, shards and `requires_grad` are what they were whatever happens.
 
 import copy
 import re
-from contextlib import nullcontext
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from dschat_kit.engine.attention import take_slots
 from dschat_kit.engine.tensor_parallel import TensorParallel
+from dschat_kit.engine.zero import LAYER, gathered
 from dschat_kit.models.lora import ACTOR, merged_weight
 
 PACKED = 2**16
@@ -91,8 +90,8 @@ class Replica:
                 module._buffers[leaf] = buffer
         for names in self._groups():
             involved = [self._parameters[part] for name in names for part in (name, *self._adapter(name))]
-            sharded = [parameter for parameter in involved if hasattr(parameter, "ds_id")]
-            with deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext():
+            sharded = any(hasattr(parameter, "ds_id") for parameter in involved)
+            with gathered(*involved):
                 for name in names:
                     self._set(name, self._whole(name), lasting=not sharded)
         for module in self._packed:
@@ -113,8 +112,7 @@ class Replica:
         """Names by decoder layer, so that at ZeRO-3 one layer is gathered at a time."""
         groups: dict[str, list[str]] = {}
         for name in self._places:
-            layer = re.match(r".*?\.\d+\.", name)
-            groups.setdefault(layer.group() if layer else name, []).append(name)
+            groups.setdefault(LAYER.match(name).group(), []).append(name)
         return list(groups.values())
 
     def _adapter(self, name: str) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dschat_kit.config import Pipeline
 from dschat_kit.engine.zero import clear_gradients
-from dschat_kit.models.lora import ACTOR, add_adapters
+from dschat_kit.models.lora import ACTOR, adapted_layers, add_adapters, use_adapters
 from dschat_kit.models.scalar_model import scalars
 from dschat_kit.runs import RunError, read_json
 
@@ -46,8 +46,7 @@ class SharedModel(nn.Module):
             for key, value in saved.items():
                 path, side = key.removeprefix(prefix).removesuffix(".weight").rsplit(".", 1)
                 causal.get_submodule(f"{path}.{side}.{role}").weight.data.copy_(value)
-        from peft.tuners.lora import LoraLayer
-        self._layers = [layer for layer in causal.modules() if isinstance(layer, LoraLayer)]
+        self._layers = adapted_layers(causal)
         self.requires_grad_(False)
         for parameter in [*self.trained("actor"), *self.trained("critic")]:
             parameter.requires_grad_(True)
@@ -59,9 +58,8 @@ class SharedModel(nn.Module):
                 or "lora_" in name and name.split(".")[-2] in ADAPTERS[role]]
 
     def use(self, role: str) -> None:
-        """Switch every adapted layer to the role. peft's own switch would also change what is trained."""
-        for layer in self._layers:
-            layer._active_adapter = ADAPTERS[role]
+        """Switch every adapted layer to the role."""
+        use_adapters(self._layers, ADAPTERS[role])
 
     def forward(self, *args, role: str, **kwargs) -> Tensor:
         """What a causal model (actor, ref) or a scalar model (critic, reward) of that role gives."""
@@ -75,21 +73,15 @@ class Reference:
     """The policy that an actor with adapters began as: its engine, for a forward pass without them."""
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine):
-        from peft.tuners.lora import LoraLayer
-        self.engine, self.module = engine, engine.module
-        self._layers = [layer for layer in engine.module.modules() if isinstance(layer, LoraLayer)]
+        self.engine, self.module, self._layers = engine, engine.module, adapted_layers(engine.module)
 
     @torch.no_grad()
     def __call__(self, *args, **kwargs):
-        self._use([])
+        use_adapters(self._layers, [])
         try:
             return self.engine(*args, **kwargs)
         finally:
-            self._use([ACTOR])
-
-    def _use(self, adapters: list[str]) -> None:
-        for layer in self._layers:  # as SharedModel.use
-            layer._active_adapter = adapters
+            use_adapters(self._layers, [ACTOR])
 
 
 class Role:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dschat_kit.config import ConfigError, Lora
 
-__all__ = ["ACTOR", "add_adapters", "merge_adapters", "merged_weight", "save_adapter"]
+__all__ = ["ACTOR", "adapted_layers", "add_adapters", "merge_adapters", "merged_weight", "save_adapter",
+           "use_adapters"]
 
 ACTOR = "default"
 """peft's name of a model's first adapter."""
@@ -63,9 +64,16 @@ def _linear_names(model: nn.Module) -> list[str]:
                    if isinstance(layer, (nn.Linear, Conv1D, LoraLayer)) and layer not in heads})
 
 
-def _layers(model: nn.Module) -> dict[str, nn.Module]:
+def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """name -> layer, of those with adapters."""
     from peft.tuners.lora import LoraLayer
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def use_adapters(layers: dict[str, nn.Module], adapters: list[str]) -> None:
+    """Let the layers compute with those adapters alone. peft's own switch would also change what is trained."""
+    for layer in layers.values():
+        layer._active_adapter = adapters
 
 
 def merged_weight(layer: nn.Module, base: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -80,7 +88,7 @@ def merge_adapters(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tens
     Works on gathered weights, so it does not matter how `model` itself is sharded. Adapters of other roles are dropped.
     """
     merged = {name.replace(".base_layer.", "."): value for name, value in state.items() if "lora_" not in name}
-    for name, layer in _layers(model).items():
+    for name, layer in adapted_layers(model).items():
         if f"{name}.base_layer.weight" in state:
             factors = (state[f"{name}.lora_{side}.{ACTOR}.weight"] for side in "AB")
             merged[f"{name}.weight"] = merged_weight(layer, merged[f"{name}.weight"], *factors)
@@ -90,7 +98,7 @@ def merge_adapters(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tens
 def save_adapter(model: nn.Module, settings: Lora, state: dict[str, Tensor], base: str, folder: Path) -> None:
     """The adapter of `model` as peft reads it: PeftModel.from_pretrained(the model in `base`, folder). A scalar head is
     among it (`modules_to_save`)."""
-    layers, scalar = _layers(model), hasattr(model, "score")
+    layers, scalar = adapted_layers(model), hasattr(model, "score")
     config = _config(settings, sorted({name.rsplit(".", 1)[-1] for name in layers}), scalar)
     config.base_model_name_or_path, config.inference_mode = base, True
     config.task_type, config.modules_to_save = ("SEQ_CLS", ["score"]) if scalar else ("CAUSAL_LM", None)

@@ -70,6 +70,8 @@ def load_scalar_model(source: str | Path, settings: Model, seed: int, new_head: 
     expected = "a whole model folder of a family with a sequence classifier in transformers"
     config = load_config(source)
     config.num_labels = 1
+    if new_head:  # what an older head's scores were moved by says nothing of this one's
+        config.score_shift, config.score_scale = 0.0, 1.0
     if config.pad_token_id == config.eos_token_id:
         config.pad_token_id = None  # plain transformers would read the score before EOS, taking EOS for padding
     classifier, missing = load_pretrained(AutoModelForSequenceClassification, source, config, settings, expected)

@@ -42,11 +42,6 @@ class Experience:
     def __len__(self) -> int:
         return self.sequences.shape[0]
 
-    @property
-    def responses(self) -> Tensor:
-        """(B, A) the response tokens: the last A columns of the sequences."""
-        return self.sequences[:, -self.response_mask.shape[1]:]
-
     def select(self, rows) -> "Experience":
         """The same experience for some of its rows."""
         index = torch.as_tensor(rows, device=self.sequences.device)

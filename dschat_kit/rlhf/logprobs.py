@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dschat_kit.models.loading import accepts, left_aligned, response_columns
+from dschat_kit.models.loading import accepts, left_aligned, model_inputs, response_columns
 
 CHUNK = 2**19
 """Entries of logits that are in fp32 at a time: 2 MB, which stay in the cache of a CPU."""
@@ -68,10 +68,11 @@ def _logits(model: nn.Module, inputs: dict[str, Tensor], wanted: Tensor) -> Tens
     return logits if keep else logits[wanted]
 
 
-def sequence_logprobs(model: nn.Module, inputs: dict[str, Tensor], sequences: Tensor, response_mask: Tensor) -> Tensor:
-    """(B,) log-probabilities of whole responses (B, T), each token predicted from the position before it; `inputs` are
-    those of the forward pass."""
+def sequence_logprobs(model: nn.Module, sequences: Tensor, attention_mask: Tensor, response_mask: Tensor,
+                      packed_positions: Tensor | None = None) -> Tensor:
+    """(B,) log-probabilities of whole responses (B, T), each token predicted from the position before it."""
     real = response_mask[:, 1:].bool()
+    inputs = model_inputs(model, sequences, attention_mask, packed_positions)
     logits = _logits(model, inputs, F.pad(real, (0, 1)))
     found, _ = chunked_logprobs(logits, sequences[:, 1:][real])
     return torch.zeros(real.shape, device=logits.device).masked_scatter(real, found).sum(-1)

@@ -98,10 +98,6 @@ class World:
             low, high = (low, high - third) if tangent(low + third) < tangent(high - third) else (low + third, high)
         return tangent((low + high) / 2)
 
-    def prompt(self, p: int) -> Tensor:
-        """(p + 1,) tokens."""
-        return torch.full((p + 1,), self.vocab + p)
-
     def prompt_batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(tokens, mask), both (B, P): the prompts `rows` (B,), padded on the left."""
         mask = torch.arange(self.prompts) >= self.prompts - 1 - rows[:, None]

@@ -15,14 +15,15 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from dschat_kit.config import Pipeline
 from dschat_kit.engine.engines import freeze
+from dschat_kit.engine.hybrid import HybridEngine
 from dschat_kit.models.attention import take_products
 from dschat_kit.models.loading import DTYPES, model_inputs
 from dschat_kit.models.scalar_model import ScalarModel, last_token
 from dschat_kit.rlhf.losses import policy_loss, value_loss
-from dschat_kit.rlhf.rollout import Roles, Scored, make_experience, score_responses
+from dschat_kit.rlhf.rollout import Roles, Scored, make_experience
 from dschat_kit.train import bench
-from dschat_kit.train.ppo import trained, update
-from dschat_kit.train.prompts import reused
+from dschat_kit.train.ppo import iterate, trained
+from dschat_kit.train.ppo_metrics import Clock
 from dschat_kit.train.rank import start_distributed
 from dschat_kit.train.session import Session
 from dschat_kit.train.telemetry import weights_of
@@ -61,19 +62,12 @@ def attend(roles: Roles, products: bool) -> None:
             take_products(model)
 
 
-def iteration(job: _Job, roles: Roles, temperature: float, generate) -> list[float]:
-    """Seconds of each of PHASES; `generate()` returns our engine's batch."""
+def iteration(job: _Job, roles: Roles, work: bench.Work, hybrid: HybridEngine) -> list[float]:
+    """Seconds of each of PHASES, in the loop that trains."""
     attend(roles, products=True)
-    times = [time.perf_counter()]
-    batch = generate()
-    times.append(time.perf_counter())
-    scored = score_responses(roles, batch.input_ids, batch.attention_mask, batch.response_mask.shape[1], temperature,
-                             job.pipeline.rollout.micro_batch_size, reused(job.pipeline, batch))
-    experience = make_experience(batch.input_ids, batch.attention_mask, batch.response_mask, batch.finished, scored,
-                                 job.pipeline.ppo, job.sum_tensor)
-    times.append(time.perf_counter())
-    update(job, roles, experience, job.pipeline.ppo, temperature, {"lr_actor": LR, "lr_critic": LR})
-    return np.diff([*times, time.perf_counter()]).tolist()
+    clock = Clock()
+    iterate(job, roles, hybrid, *work.kit(), 0, job.pipeline.ppo, clock)
+    return [clock.seconds[phase] for phase in PHASES]
 
 
 def plain_logprobs(model: nn.Module, sequences: Tensor, mask: Tensor, A: int, temperature: float) -> Tensor:
@@ -119,14 +113,14 @@ def ppo(spec: dict) -> dict:
     job = _Job(Pipeline().with_overrides([
         f"zero.stage={spec['zero']}", f"model.dtype={spec['dtype']}", f"ppo.rollout_batch_size={rows}",
         f"ppo.mini_batch_size={rows}", f"ppo.micro_batch_size={micro}", f"rollout.micro_batch_size={micro}",
-        "rollout.reuse_logprobs=always"]), device)
+        f"ppo.lr_actor={LR}", f"ppo.lr_critic={LR}", "rollout.reuse_logprobs=always"]), device)
     roles = roles_of(spec, job)
     actor = roles.actor.module
     work = bench.Work(spec, actor.config, job.rank, device)
-    calls, hybrid = bench.engines_of({**spec, "engines": ["kit", "hf"]}, work, roles.actor, spec["zero"] == 3)
+    calls, hybrid = bench.engines_of({**spec, "engines": ["hf"]}, work, roles.actor, spec["zero"] == 3)
     generate = calls["hf"][bench.fastest(calls["hf"])] if "hf" in spec["engines"] else None
 
-    loops = {"kit": lambda: iteration(job, roles, work.temperature, calls["kit"]),
+    loops = {"kit": lambda: iteration(job, roles, work, hybrid),
              "hf": lambda: plain_iteration(job, roles, work, generate)}
     loops = {name: loop for name, loop in loops.items() if name in spec["engines"]}
     for loop in loops.values():  # warm-up; Adam's moments are allocated

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from dschat_kit.data.datasets import TokenRows
 from dschat_kit.data.sources import gold_of
+from dschat_kit.engine.engines import freeze
 from dschat_kit.models.scalar_model import load_scalar_model, response_scores
 from dschat_kit.runs import RunError, read_json
-from dschat_kit.train.ppo import trained
 from dschat_kit.train.prompts import PromptFeed, sampling_of
 from dschat_kit.train.rank import main
 from dschat_kit.train.roles import load_policy, rollout_engine
@@ -33,7 +33,7 @@ def sample(session: Session) -> dict:
         raise RunError(f"got {session.world_size} ranks\n  expected: 1\n  change: --num_gpus 1")
     plan, pipeline = read_json(session.run.path / "cases.json"), session.pipeline
     data, tokenizer, pad_id = session.prepare_data()
-    hybrid = rollout_engine(session, trained(session, load_policy(session, tokenizer), 0.0))
+    hybrid = rollout_engine(session, freeze(load_policy(session, tokenizer), pipeline, session.device))
     models = {name: load_scalar_model(folder, pipeline.model, pipeline.seed, new_head=False).eval()
               for name, folder in plan["models"].items()}
     feed = PromptFeed(TokenRows(data, "eval"), PROMPTS * plan["answers"], pipeline.seed, pad_id, session, unique=True,

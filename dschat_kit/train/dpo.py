@@ -24,9 +24,8 @@ from dschat_kit.data.datasets import (
     preference_batch,
     rank_share,
 )
-from dschat_kit.engine.engines import build_engine, freeze, grad_norm, learning_rate, set_learning_rate
-from dschat_kit.models.loading import check_length, model_inputs
-from dschat_kit.models.lora import add_adapters
+from dschat_kit.engine.engines import freeze, learning_rate, set_learning_rate
+from dschat_kit.models.loading import check_length
 from dschat_kit.rlhf.logprobs import sequence_logprobs
 from dschat_kit.rlhf.losses import dpo_loss
 from dschat_kit.rlhf.rollout import Roles
@@ -61,7 +60,7 @@ def train(session: Session) -> dict:
         clock = time.perf_counter()
         lr = learning_rate(settings.lr, step, steps, settings.warmup, settings.min_lr, "cosine")
         set_learning_rate(engine, lr)
-        mine = by_length(rows.take(rank_share(sampler.indices(step), session.rank, session.world_size)))
+        mine = by_length(rows.take(sampler.share(step, session.rank, session.world_size)))
         sums = {}
         for micro in chunks(mine, settings.micro_batch_size):
             loss, metrics = objective(roles, preference_batch(micro, pad_id).to(session.device), settings.beta,
@@ -71,11 +70,9 @@ def train(session: Session) -> dict:
         row = dict(zip(sums, session.sum(*sums.values()), strict=True))
         lengths = [(len(r["prompt_ids"]) + len(r[side]), len(r[side]))
                    for r in mine for side in ("chosen_ids", "rejected_ids")]
-        tokens, = session.sum(sum(length for length, _ in lengths))
-        seconds = time.perf_counter() - clock
-        row |= {"lr": lr, "grad_norm": grad_norm(engine), "seconds": seconds, "tokens_per_second": tokens / seconds,
-                **session.cost("training", engine, lengths, seconds)}
-        state["tokens"], state["seconds"]["training"] = state["tokens"] + tokens, state["seconds"]["training"] + seconds
+        row |= {"lr": lr, **session.step_metrics(engine, lengths, clock)}
+        state["tokens"] += row["tokens_read"]
+        state["seconds"]["training"] += row["seconds"]
         if (step + 1) % settings.eval_every == 0 or step + 1 == steps:
             row["eval_accuracy"] = state["accuracy"] = held_out_accuracy(session, roles, held_out, pad_id)
             session.keep_memory({"evaluation": peak_memory_mb()})
@@ -94,10 +91,7 @@ def build_roles(session: Session, tokenizer) -> Roles:
     actor = load_policy(session, tokenizer)
     check_length(actor.config, pipeline.data.max_prompt_tokens + max(pipeline.data.max_response_tokens,
                                                                      pipeline.sampling.max_new_tokens))
-    engine = build_engine(add_adapters(actor, pipeline.lora, pipeline.seed), pipeline, lr=settings.lr,
-                          batch_size=settings.batch_size, micro_batch_size=settings.micro_batch_size,
-                          world_size=session.world_size, grad_clip=settings.grad_clip,
-                          weight_decay=settings.weight_decay)
+    engine = session.trained(actor, settings)
     return Roles(actor=engine, critic=None, ref=reference(session, engine, tokenizer),
                  reward=freeze(load_reward(session), pipeline, session.device))
 
@@ -105,8 +99,7 @@ def build_roles(session: Session, tokenizer) -> Roles:
 def objective(roles: Roles, batch: SequenceBatch, beta: float, pairs: float) -> tuple[Tensor, dict]:
     """(loss, metrics) of a batch of pairs, as parts of means over `pairs`."""
     def logprobs(model: nn.Module) -> Tensor:
-        inputs = model_inputs(model, batch.sequences, batch.attention_mask)
-        return sequence_logprobs(model, inputs, batch.sequences, batch.response_mask)
+        return sequence_logprobs(model, batch.sequences, batch.attention_mask, batch.response_mask)
 
     with torch.no_grad():
         reference = logprobs(roles.ref)

@@ -114,4 +114,4 @@ def export(model: nn.Module, world: World, folder: Path) -> None:
     write_json(folder / "world.json", {
         **dataclasses.asdict(world), "start_token_id": world.vocab, "token_ids": list(range(world.vocab)),
         "eos_token_id": world.vocab - 1 if world.eos else None,
-        "prompts": [world.prompt(p).tolist() for p in range(world.prompts)]})
+        "prompts": [[world.vocab + p] * (p + 1) for p in range(world.prompts)]})

@@ -8,7 +8,6 @@ every prompt has as many answers as the largest n.
 """
 
 from pathlib import Path
-from types import SimpleNamespace
 
 from dschat_kit.data.datasets import TokenRows
 from dschat_kit.engine.engines import freeze
@@ -35,7 +34,7 @@ def judge(session: Session) -> dict:
     session.begin(len(cases), {})
     for step, case in enumerate(cases, 1):
         actor = freeze(load_policy(session, tokenizer, Path(case["model"])), pipeline, session.device)
-        hybrid = rollout_engine(session, SimpleNamespace(module=actor, device=session.device))
+        hybrid = rollout_engine(session, actor)
         held_out = PromptFeed(rows, pipeline.ppo.eval_prompts, case["seed"], pad_id, session, unique=True)
         if (most := max(case["best_of"])) > 1:
             held_out.count = most * len(held_out.keep)

@@ -22,7 +22,7 @@ from dschat_kit.engine.engines import build_engine, freeze, grad_norm, learning_
 from dschat_kit.engine.hybrid import HybridEngine
 from dschat_kit.engine.rollout_types import KitBatch, KitRequest, KitSampling
 from dschat_kit.engine.shared import Role, SharedModel
-from dschat_kit.models.loading import check_length, model_inputs
+from dschat_kit.models.loading import check_length
 from dschat_kit.models.lora import add_adapters
 from dschat_kit.models.scalar_model import response_values
 from dschat_kit.rlhf.experience import Experience
@@ -81,7 +81,7 @@ def train(session: Session) -> dict:
         clock.lap("other")
         row |= {"kl_coef": settings.kl_coef, **learning_rates(settings, step), **state["probe"]}
         row |= clock.row(session, row["tokens"]) | {"matmul_share": session.matmul_share(
-            work_of(roles, batch, settings.ppo_epochs, pipeline.lora.rank > 0), clock.total)}
+            work_of(roles, batch, settings.ppo_epochs, pipeline.lora.rank > 0), clock.total)[0]}
         session.log(step + 1, row, show=("score_mean", "kl", "response_length", "clip_fraction"))
         state["tokens"] += row["tokens"]
         state["seconds"] = {name: value + row[f"seconds_{name}"] for name, value in state["seconds"].items()}
@@ -185,9 +185,8 @@ def update(session: Session, roles: Roles, minibatch: Experience, settings: Ppo,
     for micro, text in itertools.zip_longest(minibatch.by_length().split(settings.micro_batch_size), texts):
         loss, found = (objective or actor_objective)(roles.actor, micro, settings, temperature, tokens)
         if text is not None:
-            inputs = model_inputs(roles.actor, text.sequences, text.attention_mask)
-            ptx_loss, _ = sft_loss(sequence_logprobs(roles.actor, inputs, text.sequences, text.response_mask),
-                                   text_tokens)
+            ptx_loss, _ = sft_loss(sequence_logprobs(roles.actor, text.sequences, text.attention_mask,
+                                                     text.response_mask), text_tokens)
             loss, found["ptx_loss"] = loss + settings.ptx_coef * ptx_loss, ptx_loss.detach()
         session.backward(roles.actor, loss)
         if roles.critic is not None:

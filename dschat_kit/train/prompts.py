@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dschat_kit.config import ConfigError, Pipeline, Ppo
+from dschat_kit.config import Pipeline, Ppo
 from dschat_kit.data.datasets import (
     PromptBatch,
     SequenceBatch,
@@ -43,12 +43,10 @@ class PromptFeed:
 
     def __init__(self, rows: TokenRows, batch_size: int, seed: int, pad_id: int, session, unique: bool = False,
                  samples: int = 1):
-        texts = rows.table["prompt"]
-        first = {text: i for i, text in reversed(list(enumerate(texts)))}
-        keep = sorted(first.values()) if unique else range(len(rows))
-        self.rows, self.keep, self.seed, self.pad_id, self.session = rows, np.asarray(keep), seed, pad_id, session
-        self.count = batch_size
-        self.unique, self.samples = unique, samples
+        self.rows, self.keep, self.seed, self.pad_id, self.session = rows, np.arange(len(rows)), seed, pad_id, session
+        if unique:  # the first row of each prompt
+            self.keep = np.sort(list({text: i for i, text in reversed(list(enumerate(rows.table["prompt"])))}.values()))
+        self.count, self.unique, self.samples = batch_size, unique, samples
 
     def at(self, step: int) -> Prompts:
         """The prompts of one step. Rows are seeded by their place in the global batch: rank count changes nothing.
@@ -56,19 +54,17 @@ class PromptFeed:
         With several samples the prompts come so many times one after another, so that all of one are on one rank.
         """
         world, size = self.session.world_size, -(-self.count // self.session.world_size) * self.session.world_size
-        places = np.arange(step * size, (step + 1) * size)
-        asked = size // self.samples
-        drawn = step * asked + np.arange(size) % asked
-        if self.unique:
-            picks = drawn % len(self.keep)  # more answers than prompts: several of each, with other random numbers
-        else:
-            picks = np.array([epoch_order(len(self.keep), self.seed, p // len(self.keep))[p % len(self.keep)]
-                              for p in drawn])
         mine = rank_share(np.arange(size), self.session.rank, world)
-        indices = self.keep[picks[mine]]
+        asked = size // self.samples
+        epochs, picks = np.divmod(step * asked + mine % asked, len(self.keep))
+        if not self.unique:  # else all in order; more answers than prompts: several of each, with other random numbers
+            for epoch in np.unique(epochs):
+                there = epochs == epoch
+                picks[there] = epoch_order(len(self.keep), self.seed, epoch)[picks[there]]
+        indices = self.keep[picks]
         some = self.rows.take(indices)
         batch = pad_prompts(some, indices, self.pad_id)
-        seeds = [(self.seed * 1_000_003 + int(places[i])) * 2 + self.unique for i in mine]
+        seeds = [(self.seed * 1_000_003 + step * size + place) * 2 + self.unique for place in mine.tolist()]
         request = KitRequest(prompt_ids=batch.prompt_ids.to(self.session.device), row_seeds=torch.tensor(seeds),
                              prompt_attention_mask=batch.attention_mask.to(self.session.device))
         return Prompts(batch, [row["source"] for row in some], request)
@@ -90,20 +86,13 @@ class TextFeed:
 
     def at(self, step: int) -> list[SequenceBatch]:
         """This rank's rows, as many as a minibatch has, in micro batches."""
-        mine = self.rows.take(rank_share(self.sampler.indices(step), self.session.rank, self.session.world_size))
+        mine = self.rows.take(self.sampler.share(step, self.session.rank, self.session.world_size))
         return [sft_batch(part, self.pad_id).to(self.session.device) for part in chunks(mine, self.size)]
 
 
 def sampling_of(pipeline: Pipeline, tokenizer, pad_id: int) -> KitSampling:
-    """Sampling for PPO. Raises ConfigError for what would sample from another distribution than the trained one."""
-    sampling = pipeline.sampling
-    if sampling.top_p < 1 or sampling.top_k > 0 or sampling.temperature == 0:
-        raise ConfigError(f"sampling: got temperature={sampling.temperature} top_p={sampling.top_p} "
-                          f"top_k={sampling.top_k}\n"
-                          "  expected: for PPO temperature above 0, top_p=1 and top_k=0: what is filtered has other "
-                          "probabilities than the trained policy's\n"
-                          "  change:   --set sampling.temperature=1 sampling.top_p=1 sampling.top_k=0")
-    return KitSampling(max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
+    """Sampling for PPO; the configuration allows no filter, which would have another distribution than the policy."""
+    return KitSampling(max_new_tokens=pipeline.sampling.max_new_tokens, temperature=pipeline.sampling.temperature,
                        stop_token_ids=(tokenizer.eos_token_id,), pad_token_id=pad_id)
 
 

@@ -55,7 +55,7 @@ def _run_stage(stage: Callable[[Session], dict], args) -> int:
             try:
                 watch = Watch(lambda error: _failed(run, rank, error, errors))
                 watch.take_signals()
-                _start(run)
+                start_distributed(run.pipeline.seed, max(30, 2 * run.pipeline.telemetry.hang_minutes))
                 session = Session(run, args.resume == "auto", console, watch)
                 session.finish(stage(session))
                 watch.stop()
@@ -78,10 +78,6 @@ def _claim(run: StageRun, resume: bool) -> None:
     run.update_status(state="running", started=time.time(), error=None, pid=os.getpid(), host=socket.gethostname())
 
 
-def _start(run: StageRun) -> None:
-    start_distributed(run.pipeline.seed, max(30, 2 * run.pipeline.telemetry.hang_minutes))
-
-
 def start_distributed(seed: int, patience: float = 30.0) -> torch.device:
     """Threads and process group of a rank; without a launcher, a job of one. Returns the rank's device. A collective
     gives up after `patience` minutes: later than the watchdog, which says more."""
@@ -93,7 +89,8 @@ def start_distributed(seed: int, patience: float = 30.0) -> torch.device:
                        "MASTER_PORT": str(port)}
     machine = detect()
     if machine.accelerator == "cpu":
-        threads = os.environ.get("OMP_NUM_THREADS") or max(1, machine.cores // int(os.environ["WORLD_SIZE"]))
+        here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
+        threads = os.environ.get("OMP_NUM_THREADS") or max(1, machine.cores // int(here))
         torch.set_num_threads(int(threads))
         keep_freed_memory()
     # Plain gloo is no slower than the shared-memory all-reduce that DeepSpeed would compile at first use.

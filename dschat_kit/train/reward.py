@@ -23,9 +23,8 @@ from dschat_kit.data.datasets import (
     sft_batch,
 )
 from dschat_kit.data.tokenizer import require_same_tokenizer
-from dschat_kit.engine.engines import build_engine, grad_norm, learning_rate, set_learning_rate
+from dschat_kit.engine.engines import learning_rate, set_learning_rate
 from dschat_kit.engine.zero import gathered, sharded_loading
-from dschat_kit.models.lora import add_adapters
 from dschat_kit.models.scalar_model import last_token, load_scalar_model
 from dschat_kit.rlhf.losses import preference_loss
 from dschat_kit.runs import open_run
@@ -35,8 +34,8 @@ from dschat_kit.train.session import Session
 from dschat_kit.train.telemetry import peak_memory_mb
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-PROBES = 16
-"""Reference rows whose scores result.json keeps; PPO compares its own with them."""
+REFERENCES, PROBES = 512, 16
+"""Rows of SFT whose mean score becomes 0, and those whose scores result.json keeps: PPO compares its own with them."""
 
 
 def train(session: Session) -> dict:
@@ -49,13 +48,11 @@ def train(session: Session) -> dict:
     with sharded_loading(pipeline, source):
         model = load_scalar_model(source, pipeline.model, pipeline.seed, new_head=True,
                                   gathered=partial(gathered, writer=0))
-    engine = build_engine(add_adapters(model, pipeline.lora, pipeline.seed), pipeline, lr=settings.lr,
-                          batch_size=settings.batch_size, micro_batch_size=settings.micro_batch_size,
-                          world_size=session.world_size, grad_clip=settings.grad_clip,
-                          weight_decay=settings.weight_decay)
+    engine = session.trained(model, settings)
     sampler = StepSampler(rows=len(rows), batch_size=settings.batch_size, seed=pipeline.seed, rankings=rows.rankings())
     steps = sampler.steps(settings.epochs, settings.max_steps)
     session.begin(steps, {"model": engine})
+    pairs = partial(preference_batch, pad_id=pad_id)
 
     for step in range(session.first_step, steps):
         clock = time.perf_counter()
@@ -73,20 +70,18 @@ def train(session: Session) -> dict:
             session.backward(engine, part)
             sums = {name: value + metrics[name] for name, value in sums.items()}
         row = dict(zip(sums, session.sum(*sums.values()), strict=True))
-        seconds = time.perf_counter() - clock
-        tokens_read, = session.sum(sum(length for length, _ in lengths))
-        row |= {"lr": lr, "grad_norm": grad_norm(engine), "seconds": seconds,
-                "tokens_per_second": tokens_read / seconds, **session.cost("training", engine, lengths, seconds)}
+        row |= {"lr": lr, **session.step_metrics(engine, lengths, clock)}
         if (step + 1) % settings.eval_every == 0 or step + 1 == steps:
-            scores = pair_scores(session, engine, held_out, pad_id, limit=settings.eval_rows)
+            scores = scores_of(session, engine, held_out, settings.eval_rows, pairs)
             row["eval_accuracy"] = accuracy_of(scores[:, 0] - scores[:, 1])
             session.keep_memory({"evaluation": peak_memory_mb()})
         session.log(step + 1, row, show=("loss", "accuracy", "eval_accuracy") if "eval_accuracy" in row else ())
         session.checkpoint(step + 1)
 
-    reference = reference_scores(session, engine, TokenRows(data, "sft"), pad_id)
+    # What the SFT policy was taught to say.
+    reference = scores_of(session, engine, TokenRows(data, "sft"), REFERENCES, partial(sft_batch, pad_id=pad_id))[:, 0]
     model.normalise(float(reference.mean()), float(1 / max(reference.std(), 1e-6)) if settings.scale else 1.0)
-    scores = pair_scores(session, engine, held_out, pad_id, limit=len(held_out))
+    scores = scores_of(session, engine, held_out, len(held_out), pairs)
     session.export(model.classifier, tokenizer)
     return {**report(scores, held_out, model.scale),
             "reference_mean": float(reference.mean()), "reference_std": float(reference.std()),
@@ -96,7 +91,7 @@ def train(session: Session) -> dict:
 
 
 @torch.no_grad()
-def _scores(session: Session, engine, rows: TokenRows, limit: int, build) -> np.ndarray:
+def scores_of(session: Session, engine, rows: TokenRows, limit: int, build) -> np.ndarray:
     """(N, k) scores in the order of the first N = min(rows, limit) rows; `build` makes a batch of k sequences a row."""
     count, found = min(len(rows), limit), []
     lengths = [len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in rows.take(range(count))]
@@ -113,16 +108,6 @@ def _scores(session: Session, engine, rows: TokenRows, limit: int, build) -> np.
     everything[session.rank::session.world_size] = mine
     ordered[places] = session.sum_tensor(everything).double().cpu().numpy()
     return ordered
-
-
-def pair_scores(session: Session, engine, rows: TokenRows, pad_id: int, limit: int) -> np.ndarray:
-    """(N, 2) scores of chosen and rejected responses."""
-    return _scores(session, engine, rows, limit, lambda some: preference_batch(some, pad_id))
-
-
-def reference_scores(session: Session, engine, rows: TokenRows, pad_id: int, limit: int = 512) -> np.ndarray:
-    """(N,) scores of chosen responses of SFT rows: what the SFT policy was taught to say."""
-    return _scores(session, engine, rows, limit, lambda some: sft_batch(some, pad_id))[:, 0]
 
 
 if __name__ == "__main__":

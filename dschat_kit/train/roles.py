@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 from deepspeed import DeepSpeedEngine
 from transformers import PreTrainedModel
@@ -39,8 +40,11 @@ def reference(session: Session, actor: DeepSpeedEngine, tokenizer):
     return freeze(load_policy(session, tokenizer), session.pipeline, session.device)
 
 
-def rollout_engine(session: Session, actor: DeepSpeedEngine) -> HybridEngine:
-    """The hybrid engine of the configuration's `rollout`; the watchdog sees its steps."""
+def rollout_engine(session: Session, actor: DeepSpeedEngine | PreTrainedModel) -> HybridEngine:
+    """The hybrid engine of the configuration's `rollout`, for an engine or a frozen model; the watchdog sees its steps.
+    """
+    if isinstance(actor, PreTrainedModel):
+        actor = SimpleNamespace(module=actor, device=session.device)
     settings = dataclasses.asdict(session.pipeline.rollout)
     del settings["reuse_logprobs"]  # the loop's
     hybrid = HybridEngine(actor, **settings)

@@ -13,16 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dschat_kit.config import Dpo, Reward, Sft
 from dschat_kit.data.pipeline import build_stage_data, tokenizer_of
 from dschat_kit.data.store import intact
 from dschat_kit.data.tokenizer import pad_id_of
 from dschat_kit.engine.checkpoints import load_checkpoint, save_checkpoint
 from dschat_kit.engine.ema import Ema
+from dschat_kit.engine.engines import build_engine, grad_norm
 from dschat_kit.engine.zero import whole_layers
 from dschat_kit.feasible import refuse
 from dschat_kit.machine import detect
 from dschat_kit.metrics import JsonlWriter, truncate_after
-from dschat_kit.models.lora import merge_adapters, save_adapter
+from dschat_kit.models.lora import add_adapters, merge_adapters, save_adapter
 from dschat_kit.models.saving import save_folder
 from dschat_kit.runs import RunError, StageRun, open_run, prepare_stage, write_json
 from dschat_kit.train.card import model_card
@@ -134,23 +136,33 @@ class Session:
         """Remember the highest peak (MB) of each phase for result.json."""
         self.memory |= {phase: max(peak, self.memory.get(phase, 0.0)) for phase, peak in peaks.items()}
 
-    def matmul_share(self, flop: float, seconds: float) -> float:
-        """Share of the matmul peak that all ranks reach together, with `flop` of this rank in its `seconds`."""
-        done, possible = self.sum(flop, self._matmul_peak * seconds)
-        return done / possible
+    def matmul_share(self, flop: float, seconds: float, *more: float) -> list[float]:
+        """Share of the matmul peak that all ranks reach together, with `flop` of this rank in its `seconds`; behind it
+        the sums of `more`."""
+        done, possible, *sums = self.sum(flop, self._matmul_peak * seconds, *more)
+        return [done / possible, *sums]
 
     @cached_property
     def _matmul_peak(self) -> float:
         return matmul_peak(self.pipeline.model.dtype, self.device)
 
-    def cost(self, phase: str, engine, lengths: list[tuple[int, int]], seconds: float) -> dict[str, float]:
-        """Metrics of one training step over rows of (tokens, answered tokens): memory and share of the matmul peak."""
-        tokens, answered = torch.tensor(lengths).unbind(1)
+    def trained(self, model: torch.nn.Module, settings: Sft | Reward | Dpo) -> deepspeed.DeepSpeedEngine:
+        """The engine of a stage that trains one model, which gets adapters where lora.rank asks for them."""
+        return build_engine(add_adapters(model, self.pipeline.lora, self.pipeline.seed), self.pipeline, lr=settings.lr,
+                            batch_size=settings.batch_size, micro_batch_size=settings.micro_batch_size,
+                            world_size=self.world_size, grad_clip=settings.grad_clip,
+                            weight_decay=settings.weight_decay)
+
+    def step_metrics(self, engine, lengths: list[tuple[int, int]], clock: float) -> dict[str, float]:
+        """What such a stage says of an optimiser step that began at `clock` and read rows of (tokens, answered tokens):
+        gradient, time, memory and share of the matmul peak."""
+        seconds, (tokens, answered) = time.perf_counter() - clock, torch.tensor(lengths).unbind(1)
         passes = 2 if self.pipeline.lora.rank else 3
-        share = self.matmul_share(passes * forward_flop(engine, tokens, answered), seconds)
+        share, read = self.matmul_share(passes * forward_flop(engine, tokens, answered), seconds, tokens.sum())
         peak, = self.largest(peak_memory_mb())
-        self.keep_memory({phase: peak})
-        return {"matmul_share": share, "peak_memory_mb": peak}
+        self.keep_memory({"training": peak})
+        return {"grad_norm": grad_norm(engine), "seconds": seconds, "tokens_read": read,
+                "tokens_per_second": read / seconds, "matmul_share": share, "peak_memory_mb": peak}
 
     def samples(self, rows: list[dict]) -> None:
         """Lines of samples.jsonl (main rank's rows only)."""
@@ -205,8 +217,9 @@ class Session:
         """Write result.json, the model cards and the final status."""
         result["memory_mb"] = dict(zip(self.memory, self.largest(*self.memory.values()), strict=True))
         if self.is_main:
+            versions = {name: metadata.version(name) for name in ("torch", "deepspeed", "transformers", "datasets")}
             common = {"config_hash": self.run.config["config_hash"], "seed": self.pipeline.seed,
-                      "world_size": self.world_size, "resumed_from": self.resumed_from, "versions": _versions()}
+                      "world_size": self.world_size, "resumed_from": self.resumed_from, "versions": versions}
             for name, what in (("model", ""), ("ema", ", moving average of the weights")):
                 if (self.run.path / name).exists():
                     card = model_card(self.run, {**result, **common}, what)
@@ -220,7 +233,3 @@ class Session:
         if self.is_main:
             print(f"{self.run.stage:<6} {text}", file=self.console, flush=True)
         print(text, flush=True)
-
-
-def _versions() -> dict:
-    return {name: metadata.version(name) for name in ("torch", "deepspeed", "transformers", "datasets")}

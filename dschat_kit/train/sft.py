@@ -13,10 +13,9 @@ import numpy as np
 import torch
 
 from dschat_kit.data.datasets import StepSampler, TokenRows, by_length, chunks, packed_sft_batch, rank_share, sft_batch
-from dschat_kit.engine.engines import build_engine, grad_norm, learning_rate, set_learning_rate
+from dschat_kit.engine.engines import learning_rate, set_learning_rate
 from dschat_kit.engine.zero import sharded_loading
-from dschat_kit.models.loading import can_pack, check_length, load_causal_lm, model_inputs
-from dschat_kit.models.lora import add_adapters
+from dschat_kit.models.loading import can_pack, check_length, load_causal_lm
 from dschat_kit.rlhf.logprobs import sequence_logprobs
 from dschat_kit.rlhf.losses import sft_loss
 from dschat_kit.train.rank import main
@@ -32,10 +31,7 @@ def train(session: Session) -> dict:
     with sharded_loading(pipeline, pipeline.model.name):
         model = load_causal_lm(pipeline.model.name, pipeline.model, tokenizer, pipeline.seed)
     check_length(model.config, pipeline.data.max_prompt_tokens + pipeline.data.max_response_tokens)
-    engine = build_engine(add_adapters(model, pipeline.lora, pipeline.seed), pipeline, lr=settings.lr,
-                          batch_size=settings.batch_size, micro_batch_size=settings.micro_batch_size,
-                          world_size=session.world_size, grad_clip=settings.grad_clip,
-                          weight_decay=settings.weight_decay)
+    engine = session.trained(model, settings)
     packed = settings.packing and can_pack(engine)
     if settings.packing and not packed:
         session.say("this model does not keep packed rows apart: they are padded")
@@ -50,24 +46,21 @@ def train(session: Session) -> dict:
         clock = time.perf_counter()
         lr = learning_rate(settings.lr, step, steps, settings.warmup, settings.min_lr, "cosine")
         set_learning_rate(engine, lr)
-        mine = by_length(rows.take(rank_share(sampler.indices(step), session.rank, session.world_size)))
-        tokens, tokens_read = session.sum(sum(len(row["chosen_ids"]) for row in mine),
-                                          sum(len(row["chosen_ids"]) + len(row["prompt_ids"]) for row in mine))
+        mine = by_length(rows.take(sampler.share(step, session.rank, session.world_size)))
+        lengths = [(len(row["prompt_ids"]) + len(row["chosen_ids"]), len(row["chosen_ids"])) for row in mine]
+        tokens, = session.sum(sum(answered for _, answered in lengths))
         loss = 0.0
         for micro in chunks(mine, settings.micro_batch_size):
             batch = make_batch(micro, pad_id).to(session.device)
-            inputs = model_inputs(engine, batch.sequences, batch.attention_mask, batch.position_ids)
-            logprobs = sequence_logprobs(engine, inputs, batch.sequences, batch.response_mask)
+            logprobs = sequence_logprobs(engine, batch.sequences, batch.attention_mask, batch.response_mask,
+                                         batch.position_ids)
             part, metrics = sft_loss(logprobs, tokens)
             session.backward(engine, part)
             loss += metrics["loss"]
         loss, = session.sum(loss)
-        seconds = time.perf_counter() - clock
-        row = {"loss": loss, "lr": lr, "grad_norm": grad_norm(engine),
-               "tokens_per_second": tokens_read / seconds, "seconds": seconds, **session.cost(
-                   "training", engine, [(len(r["prompt_ids"]) + len(r["chosen_ids"]), len(r["chosen_ids"]))
-                                        for r in mine], seconds)}
-        state["tokens"], state["seconds"] = state["tokens"] + tokens_read, state["seconds"] + seconds
+        row = {"loss": loss, "lr": lr, **session.step_metrics(engine, lengths, clock)}
+        state["tokens"] += row["tokens_read"]
+        state["seconds"] += row["seconds"]
         if (step + 1) % settings.eval_every == 0 or step + 1 == steps:
             row["eval_loss"] = state["loss_after"] = evaluate(session, engine, held_out, pad_id)
             session.keep_memory({"evaluation": peak_memory_mb()})
@@ -91,8 +84,7 @@ def evaluate(session: Session, engine, rows: TokenRows, pad_id: int) -> float:
     for places in chunks(rank_share(filled, session.rank, session.world_size), settings.micro_batch_size):
         batch = sft_batch(rows.take(places % count), pad_id).to(session.device)
         counted = batch.response_mask & torch.from_numpy(places < count).to(session.device)[:, None]
-        inputs = model_inputs(engine, batch.sequences, batch.attention_mask)
-        total += sft_loss(sequence_logprobs(engine, inputs, batch.sequences, counted), 1.0)[0]
+        total += sft_loss(sequence_logprobs(engine, batch.sequences, batch.attention_mask, counted), 1.0)[0]
         tokens += counted[:, 1:].sum()
     engine.train()
     total, tokens = session.sum(total, tokens)
