@@ -161,7 +161,7 @@ def _source(name: str) -> str:
     if name == "hh-helpful":
         folder = os.environ.get("DSCHAT_DATA")
         return str(Path(folder).absolute() / "hh_helpful_256") if folder else "Dahoas/rm-static"
-    return str(Path(name).absolute()) if name not in ("", "toy") and Path(name).exists() else name
+    return str(Path(name).absolute()) if name not in ("", "toy") and (Path(name).exists() or "*" in name) else name
 
 
 def _torch_build() -> str:
