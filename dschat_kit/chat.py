@@ -27,6 +27,7 @@ class ChatSession:
         if not (Path(model_dir) / "config.json").exists():
             raise RunError(f"{model_dir} holds no exported model\n  change: train it first, or name another run")
         self.tokenizer = open_tokenizer(model_dir)
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token  # several questions are padded
         with quiet_loading():
             self.model = AutoModelForCausalLM.from_pretrained(str(model_dir)).to(device).eval()
         self.max_new_tokens, self.style = max_new_tokens, PromptStyle.of(self.tokenizer)
