@@ -17,14 +17,14 @@ from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 
-from dschat_kit.config import ConfigError, Pipeline
+from dschat_kit.config import Pipeline
 from dschat_kit.machine import detect
 from dschat_kit.runs import RunError, read_json, write_json
+from dschat_kit.sections import error
 
 __all__ = ["METHODS", "compare", "failures", "figure", "gradient_figure", "launch_cases", "line", "plan",
            "slope_errors", "table"]
 
-WORLDS = ("bandit", "bigram")
 BETAS = (0.1, 0.5, 1.0, 2.0)
 METHODS = ("gae", "rloo", "grpo", "reinforce", "dpo", "grpo k3", "best of 2", "best of 4", "best of 16", "best of 64")
 ANSWERS = 2 ** 17
@@ -47,7 +47,7 @@ def plan(kind: str = "bigram", vocab: int | None = None, length: int | None = No
             ("--vocab and --length", (vocab, length), prompts * vocab ** length <= ANSWERS,
              f"at most {ANSWERS} answers (prompts * vocab ** length)")):
         if not good:
-            raise ConfigError(f"{name}: got {value}\n  expected: {expected}\n  change:   {name}")
+            raise error(name, str(value), expected, name)
     world = {"kind": kind, "vocab": vocab, "length": length, "seed": seed, "eos": eos, "prompts": prompts}
     return [{"world": world, "beta": beta, "steps": steps, "method": method} for beta in betas for method in methods]
 
@@ -59,7 +59,7 @@ def launch_cases(cases: list[dict], ranks: int = 1, zero: int = 0, export: Path 
     The job's output goes to standard error. Raises RunError when it fails; its folder is then kept.
     """
     if ranks < 1 or 256 % ranks:
-        raise ConfigError(f"--ranks: got {ranks}\n  expected: a divisor of 256, the batch\n  change:   --ranks 2")
+        raise error("--ranks", str(ranks), "a divisor of 256, the batch", "--ranks 2")
     detect().check_ranks(ranks)
     folder = Path(tempfile.mkdtemp(prefix="dschat-verify-")) / "ppo"
     folder.mkdir()
