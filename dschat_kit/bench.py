@@ -92,7 +92,7 @@ def _texts(args) -> dict:
 
 def _rows(path: Path, column: str) -> list[str]:
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, ValueError) as problem:
         raise error(str(path), f"no rows: {problem}", f"JSON lines with {column!r}", "the file") from problem
     if not rows or any(not isinstance(row, dict) or not row.get(column) for row in rows):
