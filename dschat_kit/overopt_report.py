@@ -8,12 +8,13 @@ log-odds) divided by that scale is the gain that a reward model promises.
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
 from dschat_kit.data.toy import PREFERENCE_SCALE
 from dschat_kit.metrics import read_metrics
-from dschat_kit.notebook.reward_plots import FIGURES, METHODS, mean, squared
+from dschat_kit.notebook.reward_plots import FIGURES, METHODS, squared
 from dschat_kit.overopt import ANSWERS, PPO, PROMPTS, cases
 from dschat_kit.rlhf.overoptimisation import best_of_n, best_of_n_kl, distinct_kl, fit, fitted, turning_point
 from dschat_kit.runs import StageRun, open_run, write_json
@@ -166,11 +167,11 @@ def line(row: dict) -> dict[str, str]:
     coefficients = {name: f"{row[name]:.3f} ({row[f'{name}_interval'][0]:.3f} to {row[f'{name}_interval'][1]:.3f})"
                     for name in ("alpha", "beta")}
     return {"method": METHODS[row["method"]][3], "reward model": f"{row['width']} wide", "pairs": str(row["pairs"]),
-            "accuracy": f"{mean(row['accuracy']):.3f}", **coefficients,
+            "accuracy": f"{fmean(row['accuracy']):.3f}", **coefficients,
             "stop at KL (nats)": f"{squared(row['turn']) if inside else f'not up to {d * d:.1f}'} "
                                  f"({squared(low)} to {squared(high)})",
             "gain there": f"{row['gain_at_stop']:+.3f}", "gain at the last point": f"{row['gain_at_end']:+.3f}",
-            "promised there": f"{mean([points['promise'][-1] for points in row['points']]):+.3f}"}
+            "promised there": f"{fmean([points['promise'][-1] for points in row['points']]):+.3f}"}
 
 
 def _largest(found: dict) -> float:
