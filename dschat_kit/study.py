@@ -9,7 +9,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import NormalDist, fmean, stdev
@@ -36,13 +35,12 @@ ARMS = {
 """Name -> stage, settings, in words. The first has all seeds, the others the first few of them."""
 SHARED = ("data", "sft", "reward")
 """Stages that all runs have in common."""
-BEST_OF = (1, 2, 4, 8, 16, 32)
+OTHER_SEEDS, BEST_OF = 5, (1, 2, 4, 8, 16, 32)
 NUMBERS = ("gold_before", "gold_after", "score_before", "score_after", "kl", "lm_loss_before", "lm_loss_after",
            "response_length_after", "eos_rate_after")
 
 
-def run_study(root: Path, out: Path, seeds: int = 20, other_seeds: int = 5, sets: list[str] = (),
-              say: Callable[[str], None] = print) -> list[dict]:
+def run_study(root: Path, out: Path, seeds: int, sets: list[str]) -> list[dict]:
     """Train what is missing under `root`, then write ppo.json, ppo.md and ppo.png into `out`; returns the rows.
 
     A run that fails is a result. Raises RunError where SFT, reward model or the last evaluation do."""
@@ -50,7 +48,7 @@ def run_study(root: Path, out: Path, seeds: int = 20, other_seeds: int = 5, sets
     for stage in ("sft", "reward"):
         if not train(root / "base", stage, pipeline, ranks=2):
             raise RunError(f"the {stage} stage in {root / 'base'} failed\n  change: see {root / 'base' / stage}/logs")
-    asked = [(arm, seed) for arm in ARMS for seed in range(seeds if arm == "gae" else min(seeds, other_seeds))]
+    asked = [(arm, seed) for arm in ARMS for seed in range(seeds if arm == "gae" else min(seeds, OTHER_SEEDS))]
     asked.sort(key=lambda run: run[1])  # an unfinished study has something of every arm
 
     def one(arm: str, seed: int) -> dict:
@@ -58,13 +56,13 @@ def run_study(root: Path, out: Path, seeds: int = 20, other_seeds: int = 5, sets
         place = link_stages(root / f"{arm}-{seed}", root / "base", *SHARED)
         train(place, stage, pipeline.with_overrides([*settings, f"{stage}.seed={seed}"]))
         row = {"arm": arm, "seed": seed, **read_row(place, stage)}
-        say(f"{arm} {seed}: {row['state']}, gold {row.get('gold_after', math.nan):.3f}")
+        print(f"{arm} {seed}: {row['state']}, gold {row.get('gold_after', math.nan):.3f}")
         return row
 
     with ThreadPoolExecutor(2) as pool:
         rows = list(pool.map(lambda run: one(*run), asked))
     rows += judged(root, pipeline, [row["seed"] for row in rows if row["arm"] == "gae" and row["state"] == "finished"],
-                   min(seeds, other_seeds))
+                   min(seeds, OTHER_SEEDS))
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "ppo.json", rows)
     (out / "ppo.md").write_text(report(rows))

@@ -68,7 +68,7 @@ def test_nothing_heavy_is_imported_on_the_way():
     script = f"""
 import sys
 from dschat_kit.cli import main
-for argv in (["--help"], ["run", "--help"], ["nonsense"]):
+for argv in (["--help"], ["run", "--help"], ["launch", "--help"], ["nonsense"]):
     try:
         main(argv)
     except SystemExit as end:

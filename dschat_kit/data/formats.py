@@ -69,8 +69,8 @@ def _chat(column: str) -> Format:
     return Format((column,), lambda row: [Pair(*_answered(_messages(row, column), column))])
 
 
-def _asked(row: dict, name: str = "prompt") -> list[Turn]:
-    return turns_of(_text(row, name))
+def _asked(row: dict) -> list[Turn]:
+    return turns_of(_text(row, "prompt"))
 
 
 def _margin(row: dict) -> float | None:
