@@ -20,6 +20,7 @@ from dschat_kit.notebook.stage import begin
 from dschat_kit.presets import get_preset
 from dschat_kit.rlhf.overoptimisation import best_of_n_kl
 from dschat_kit.runs import RunError, link_stages, open_run, read_json, write_json
+from dschat_kit.sections import error
 
 __all__ = ["ARMS", "interval", "read_row", "report", "run_study"]
 
@@ -44,7 +45,9 @@ def run_study(root: Path, out: Path, seeds: int, sets: list[str]) -> list[dict]:
     """Train what is missing under `root`, then write ppo.json, ppo.md and ppo.png into `out`; returns the rows.
 
     A run that fails is a result. Raises RunError where SFT, reward model or the last evaluation do."""
-    root, pipeline = Path(root).absolute(), resolve(get_preset("tiny").with_overrides(sets))
+    if seeds < 1:
+        raise error("--seeds", str(seeds), "at least 1", "--seeds 20")
+    root, pipeline = root.absolute(), resolve(get_preset("tiny").with_overrides(sets))
     for stage in ("sft", "reward"):
         if not train(root / "base", stage, pipeline, ranks=2):
             raise RunError(f"the {stage} stage in {root / 'base'} failed\n  change: see {root / 'base' / stage}/logs")
