@@ -132,8 +132,9 @@ def resolve(pipeline: Pipeline) -> Pipeline:
     dtype = detect().dtype if model.dtype == "auto" else model.dtype
     sources = ",".join(_source(source).replace(",", "\\,") + ("" if weight is None else f":{weight:.12g}")
                        for source, weight in data.weighted_sources())
+    module = _source(data.module) if data.module.endswith(".py") else data.module  # else a name, not a folder of it
     return dataclasses.replace(pipeline, model=dataclasses.replace(model, dtype=dtype, name=_model(model.name)),
-                               data=dataclasses.replace(data, sources=sources, module=_source(data.module)),
+                               data=dataclasses.replace(data, sources=sources, module=module),
                                zero=dataclasses.replace(zero, deepspeed=_json_text(zero.deepspeed)),
                                reward=dataclasses.replace(reward, model=reward.model and _model(reward.model)))
 
