@@ -17,6 +17,7 @@ from dschat_kit.config import Pipeline
 from dschat_kit.machine import resolve
 from dschat_kit.notebook.diagnosis import run_checks
 from dschat_kit.notebook.stage import begin
+from dschat_kit.notebook.tables import grid, named
 from dschat_kit.presets import get_preset
 from dschat_kit.rlhf.overoptimisation import best_of_n_kl
 from dschat_kit.runs import RunError, link_stages, open_run, read_json, write_json
@@ -193,9 +194,7 @@ def differences(arms: dict[str, list[dict]]) -> list[str]:
 
 def figure(rows: list[dict]):
     """Gold of every run by arm; gold against KL with best-of-n; the LM loss against gold; the EMA against the end."""
-    from matplotlib.figure import Figure
-    made = Figure(figsize=(13, 4), layout="constrained")
-    by_arm, by_kl, by_loss = made.subplots(1, 3)
+    made, ((by_arm, by_kl, by_loss),) = grid(1, 3, (13, 4))
     trained = [arm for arm in (*ARMS, "ema") if any(row["arm"] == arm and "gold_after" in row for row in rows)]
     for place, arm in enumerate(trained):
         some = [row for row in rows if row["arm"] == arm and "gold_after" in row]
@@ -218,9 +217,7 @@ def figure(rows: list[dict]):
     for axes, x, y in ((by_arm, "", "gold after (mean, 95 %)"), (by_kl, "KL to the SFT model (nats)", "gold after"),
                        (by_loss, "LM loss on held-out text (nats; dotted: before)", "gold after")):
         axes.set(xlabel=x, ylabel=y)
-        axes.spines[["top", "right"]].set_visible(False)
     by_kl.legend(frameon=False, fontsize=8)
-    made.set_label("Stage 3 over seeds: " + "; ".join(
+    return named(made, "Stage 3 over seeds: " + "; ".join(
         f"{arm} gold {said([row['gold_after'] for row in rows if row['arm'] == arm and 'gold_after' in row])}"
         for arm in trained))
-    return made

@@ -19,6 +19,7 @@ from statistics import median
 
 from dschat_kit.config import Pipeline
 from dschat_kit.machine import detect
+from dschat_kit.notebook.tables import grid, named
 from dschat_kit.runs import RunError, read_json, write_json
 from dschat_kit.sections import error
 
@@ -186,13 +187,12 @@ def name_of(row: dict) -> str:
 def figure(rows: list[dict]):
     """Runs landing on the frontier: for each world the highest E[r] at a KL (theory), and what was reached. Colours are
     betas, or methods where there are several."""
-    from matplotlib.figure import Figure
     worlds, several = list(dict.fromkeys((name_of(row), row["seed"]) for row in rows)), len(methods_of(rows)) > 1
     across, sort = min(4, len(worlds)), "method" if several else "beta"
-    made = Figure(figsize=(2.6 + 4.4 * across, 4.4) if several else
-                  (1.6 + 3.4 * across, 3.2 * -(-len(worlds) // across)), layout="constrained")
+    lines = -(-len(worlds) // across)
+    made, places = grid(lines, across, (2.6 + 4.4 * across, 4.4) if several else (1.6 + 3.4 * across, 3.2 * lines))
     kinds = methods_of(rows) if several else sorted({row["beta"] for row in rows})
-    for axes, world in zip(made.subplots(-(-len(worlds) // across), across, squeeze=False).flat, worlds, strict=False):
+    for axes, world in zip(places.flat, worlds, strict=False):
         some = [row for row in rows if (name_of(row), row["seed"]) == world]
         axes.plot(*zip(*some[0]["frontier"], strict=True), color="0.6", label="exact optimum")
         for row in some:
@@ -202,13 +202,11 @@ def figure(rows: list[dict]):
             axes.plot(row["reached_kl"], row["reached_reward"], "osD^vX*P"[place % 8] if several else "o", alpha=0.7,
                       label=kinds[place] if several else f"beta {row['beta']:g}", color=f"C{place}")
         axes.set(title=f"{world[0]}, seed {world[1]}", xlabel="KL to the reference (nats)", ylabel="E[reward]")
-        axes.spines[["top", "right"]].set_visible(False)
-        named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-        axes.legend(named.values(), named.keys(), fontsize=8, frameon=False)
-    made.set_label("Runs on the frontier of reward and KL: " + "; ".join(
+        marks = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # each label once
+        axes.legend(marks.values(), marks.keys(), fontsize=8, frameon=False)
+    return named(made, "Runs on the frontier of reward and KL: " + "; ".join(
         f"{name_of(row)}, {row['method']}, beta {row['beta']:g}, gap closed {row['gap_closed']:.4f}"
         for row in rows[:12]))
-    return made
 
 
 def family(kind):
@@ -224,20 +222,17 @@ def methods_of(rows: list[dict]) -> list[str]:
 def gradient_figure(gradients: dict[str, list[float]]):
     """Which KL estimates may be used, and how: the expected gradient by each logit against that of the true KL. On the
     diagonal is right."""
-    from matplotlib.figure import Figure
     true, names = gradients["true KL"], ("k1 in the reward", "k2 as a loss", "k1 as a loss", "k3 as a loss")
-    made = Figure(figsize=(13, 3.4), layout="constrained")
+    made, (places,) = grid(1, len(names), (13, 3.4), sharex=True, sharey=True)
     ends = [min(true + gradients["k3 as a loss"]), max(true + gradients["k3 as a loss"])]
-    for axes, name in zip(made.subplots(1, len(names), sharex=True, sharey=True), names, strict=True):
+    for axes, name in zip(places, names, strict=True):
         axes.plot(ends, ends, color="0.6", linewidth=1)
         axes.plot(true, gradients[name], "o", color="C0" if name in names[:2] else "C3")
         if name == "k3 as a loss":
             axes.plot(true, gradients["KL(ref || policy)"], "k+", markersize=10, label="gradient of KL(ref || policy)")
             axes.legend(frameon=False, fontsize=8)
         axes.set(title=name, xlabel="gradient of KL(policy || ref)")
-        axes.spines[["top", "right"]].set_visible(False)
-    made.axes[0].set_ylabel("expected gradient of the estimate")
-    made.set_label("Expected gradients of KL estimates: " + "; ".join(
+    places[0].set_ylabel("expected gradient of the estimate")
+    return named(made, "Expected gradients of KL estimates: " + "; ".join(
         f"{name}, largest difference {max(abs(a - b) for a, b in zip(gradients[name], true, strict=True)):.3g}"
         for name in names))
-    return made
