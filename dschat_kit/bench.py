@@ -48,14 +48,15 @@ def run(args) -> int:
     if args.live_parameters is not None and (args.kind == "ppo" or args.zero < 3):
         raise error("--live-parameters", f"{args.live_parameters} with {args.kind} --zero {args.zero}",
                     "it for `bench rollout` at ZeRO-3", "--zero 3")
-    for name, least in (("batch", 1), ("prompt_tokens", 1), ("new_tokens", 1), ("repeats", 1), ("ranks", 1),
-                        ("temperature", 0)):
+    for name, least in (("batch", 1), ("prompt_tokens", 1), ("new_tokens", 1), ("repeats", 1), ("temperature", 0)):
         if not (given := getattr(args, name)) >= least:
             flag = f"--{name.replace('_', '-')}"
             raise error(flag, str(given), f"at least {least}", f"{flag} {least or 1}")
     spec = {name: getattr(args, name) for name in ("model", "zero", "batch", "prompt_tokens", "new_tokens", "dtype",
                                                    "temperature", "live_parameters", "repeats")}
-    args.dtype = spec["dtype"] = detect().dtype if args.dtype == "auto" else args.dtype
+    machine = detect()
+    machine.check_ranks(args.ranks, "--ranks")
+    args.dtype = spec["dtype"] = machine.dtype if args.dtype == "auto" else args.dtype
     spec |= {"what": args.kind, "engines": engines, "seed": 0, **_texts(args)}
     result = _launch(spec, args.ranks)
     every = {name: result["engines"].get(name) for name in ENGINES}

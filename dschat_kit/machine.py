@@ -39,12 +39,13 @@ class Machine:
         """The dtype that `model.dtype=auto` stands for."""
         return "bf16" if self.bf16 else "fp32"
 
-    def check_ranks(self, ranks: int) -> None:
-        """Raises ConfigError for more ranks than there are GPUs, or on a CPU cores: each computes on one of its own."""
+    def check_ranks(self, ranks: int, flag: str = "--num-gpus") -> None:
+        """Raises ConfigError, naming the flag that asked for them, for more ranks than there are GPUs, or on a CPU
+        cores: each computes on one of its own."""
         if not 1 <= ranks <= self.devices:
             kind = "GPUs" if self.accelerator == "cuda" else "cores"
-            raise error("--num-gpus", str(ranks), f"1 to {self.devices}, the {kind} of this machine",
-                        f"--num-gpus {self.default_ranks}, or more machines with --launcher")
+            raise error(flag, str(ranks), f"1 to {self.devices}, the {kind} of this machine", f"{flag} "
+                        f"{self.default_ranks}" + ", or more machines with --launcher" * (flag == "--num-gpus"))
 
 
 def detect() -> Machine:

@@ -43,7 +43,7 @@ def plan(kind: str = "bigram", vocab: int | None = None, length: int | None = No
              "at least 2, and at most 500 for bigram: the model is as wide"),
             ("--prompts", prompts, 1 <= prompts <= 16, "1 to 16"),
             ("--length", length, length == 1 if kind == "bandit" else length >= 1, "1 for the bandit, else at least 1"),
-            ("--beta", betas, all(0 < beta < 1e6 for beta in betas), "above 0"),
+            ("--beta", betas, all(0 < beta < 1e6 for beta in betas), "above 0, below a million"),
             ("--seed", seed, seed >= 0, "at least 0"), ("--steps", steps, steps >= 1, "at least 1"),
             ("--vocab and --length", (vocab, length), prompts * vocab ** length <= ANSWERS,
              f"at most {ANSWERS} answers (prompts * vocab ** length)")):
@@ -61,7 +61,7 @@ def launch_cases(cases: list[dict], ranks: int = 1, zero: int = 0, export: Path 
     """
     if ranks < 1 or 256 % ranks:
         raise error("--ranks", str(ranks), "a divisor of 256, the batch", "--ranks 2")
-    detect().check_ranks(ranks)
+    detect().check_ranks(ranks, "--ranks")
     folder = Path(tempfile.mkdtemp(prefix="dschat-verify-")) / "ppo"
     folder.mkdir()
     write_json(folder / "config.json", {"stage": "ppo", "preset": "verify", "config_hash": "", "seed": 0,

@@ -58,7 +58,7 @@ def test_peak_memory_counts_what_a_call_holds():
 
 @pytest.mark.parametrize("flags, words", [
     (["--engines", "kit,vllm"], "expected: some of kit,hf,hf_default,deepspeed"),
-    (["--batch", "0"], "--batch: got 0"),
+    (["--batch", "0"], "--batch: got 0"), (["--ranks", "9999"], "change:   --ranks"),
     (["--prompts", "missing.jsonl"], "missing.jsonl"),
     (["--live-parameters", "0"], "--live-parameters: got 0 with rollout --zero 0"),
 ])
