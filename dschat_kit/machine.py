@@ -122,6 +122,13 @@ def own_path() -> str:
     return f"{own}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
+def dschat(*words: str, output=2) -> int:
+    """Exit code of `dschat WORDS` in a process of its own, which writes to `output` (standard error) and computes with
+    matrices that are too small for a second thread."""
+    return subprocess.run([sys.executable, "-m", "dschat_kit.cli", *words], stdin=subprocess.DEVNULL, stdout=output,
+                          stderr=output, env={"OMP_NUM_THREADS": "1", **os.environ}).returncode
+
+
 def resolve(pipeline: Pipeline) -> Pipeline:
     """What names stand for here, written out: a run folder says what was done, not what was asked for.
 

@@ -6,15 +6,13 @@ runs at a time. Plans, launches and judges; what is finished is not run again.
 """
 
 import math
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import NormalDist, fmean, stdev
 
 from dschat_kit.config import Pipeline
-from dschat_kit.machine import resolve
+from dschat_kit.machine import dschat, resolve
 from dschat_kit.notebook.diagnosis import run_checks
 from dschat_kit.notebook.stage import begin
 from dschat_kit.notebook.tables import grid, named
@@ -86,8 +84,7 @@ def train(place: Path, stage: str, pipeline: Pipeline, ranks: int = 1) -> bool:
 def launch(command: list[str], place: Path) -> None:
     """A job under `dschat launch`, which logs it in its own folder."""
     with open(place / "study.log", "a") as log:
-        subprocess.run([sys.executable, "-m", "dschat_kit.cli", "launch", "--", *command], stdout=log, stderr=log,
-                       env={"OMP_NUM_THREADS": "1", **os.environ})
+        dschat("launch", "--", *command, output=log)
 
 
 def judged(root: Path, pipeline: Pipeline, averaged: list[int], seeds: int) -> list[dict]:

@@ -6,10 +6,7 @@ the exact gradient and the first ratio are judged as well.
 """
 
 import math
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +15,7 @@ from pathlib import Path
 from statistics import median
 
 from dschat_kit.config import Pipeline
-from dschat_kit.machine import detect
+from dschat_kit.machine import detect, dschat
 from dschat_kit.notebook.tables import grid, named
 from dschat_kit.runs import RunError, read_json, write_json
 from dschat_kit.sections import error
@@ -68,10 +65,8 @@ def launch_cases(cases: list[dict], ranks: int = 1, zero: int = 0, export: Path 
                                         "pipeline": Pipeline().to_dict()})
     write_json(folder / "cases.json", {"zero": zero, "cases": cases})
     program = ["deepspeed", "--num_gpus", str(ranks), "--module", "dschat_kit.train.exact", "--run", str(folder)]
-    done = subprocess.run([sys.executable, "-m", "dschat_kit.cli", "launch", "--", *program], stdout=sys.stderr,
-                          env={"OMP_NUM_THREADS": "1", **os.environ})  # matrices too small for a second thread
-    if done.returncode:
-        raise RunError(f"the launched job ended with {done.returncode}\n  change: see {folder / 'logs'}")
+    if code := dschat("launch", "--", *program):
+        raise RunError(f"the launched job ended with {code}\n  change: see {folder / 'logs'}")
     found = {name: value for name, value in read_json(folder / "result.json").items() if name in
              ("cases", "kl_gradients")}
     if export:
