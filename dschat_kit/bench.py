@@ -9,9 +9,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dschat_kit.config import ConfigError
 from dschat_kit.machine import checkout, detect
 from dschat_kit.runs import RunError, read_json, write_json
+from dschat_kit.sections import error
 
 __all__ = ["add_arguments", "run"]
 
@@ -42,21 +42,21 @@ def run(args) -> int:
     """Measure, print, return 0."""
     engines = [name for name in args.engines.split(",") if name]
     if not engines or set(engines) - set(ENGINES):
-        raise ConfigError(f"--engines: got {args.engines!r}\n  expected: some of {','.join(ENGINES)}\n"
-                          "  change:   --engines kit,hf")
+        raise error("--engines", repr(args.engines), f"some of {','.join(ENGINES)}", "--engines kit,hf")
     if args.kind == "ppo" and not {"kit", "hf"} & set(engines):
-        raise ConfigError(f"--engines: got {args.engines!r}\n  expected: kit or hf, whose iterations can be compared\n"
-                          "  change:   --engines kit,hf")
+        raise error("--engines", repr(args.engines), "kit or hf, whose iterations can be compared", "--engines kit,hf")
     if args.live_parameters is not None and (args.kind == "ppo" or args.zero < 3):
-        raise ConfigError(f"--live-parameters: got {args.live_parameters} with {args.kind} --zero {args.zero}\n"
-                          "  expected: it for `bench rollout` at ZeRO-3\n  change:   --zero 3")
-    for name, least in (("batch", 1), ("prompt_tokens", 1), ("new_tokens", 1), ("repeats", 1), ("ranks", 1),
-                        ("temperature", 0)):
-        if not getattr(args, name) >= least:
-            raise ConfigError(f"--{name.replace('_', '-')}: got {getattr(args, name)}\n  expected: at least {least}")
+        raise error("--live-parameters", f"{args.live_parameters} with {args.kind} --zero {args.zero}",
+                    "it for `bench rollout` at ZeRO-3", "--zero 3")
+    for name, least in (("batch", 1), ("prompt_tokens", 1), ("new_tokens", 1), ("repeats", 1), ("temperature", 0)):
+        if not (given := getattr(args, name)) >= least:
+            flag = f"--{name.replace('_', '-')}"
+            raise error(flag, str(given), f"at least {least}", f"{flag} {least or 1}")
     spec = {name: getattr(args, name) for name in ("model", "zero", "batch", "prompt_tokens", "new_tokens", "dtype",
                                                    "temperature", "live_parameters", "repeats")}
-    args.dtype = spec["dtype"] = detect().dtype if args.dtype == "auto" else args.dtype
+    machine = detect()
+    machine.check_ranks(args.ranks, "--ranks")
+    args.dtype = spec["dtype"] = machine.dtype if args.dtype == "auto" else args.dtype
     spec |= {"what": args.kind, "engines": engines, "seed": 0, **_texts(args)}
     result = _launch(spec, args.ranks)
     every = {name: result["engines"].get(name) for name in ENGINES}
@@ -93,11 +93,11 @@ def _texts(args) -> dict:
 
 def _rows(path: Path, column: str) -> list[str]:
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}\n  expected: JSON lines with {column!r}\n  change:   the file") from error
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except (OSError, ValueError) as problem:
+        raise error(str(path), f"no rows: {problem}", f"JSON lines with {column!r}", "the file") from problem
     if not rows or any(not isinstance(row, dict) or not row.get(column) for row in rows):
-        raise ConfigError(f"{path}: a row has no {column!r}\n  expected: JSON lines with it\n  change:   the file")
+        raise error(str(path), f"a row without {column!r}", "JSON lines with it", "the file")
     return [row[column] for row in rows]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from dschat_kit.data.prompts import PromptStyle, Turn, turns_of
-from dschat_kit.data.tokenizer import open_tokenizer, pad_id_of
+from dschat_kit.data.tokenizer import open_tokenizer
 from dschat_kit.metrics import JsonlWriter
 from dschat_kit.models.loading import quiet_loading
 from dschat_kit.runs import RunError, StageRun, open_run, write_json
@@ -27,6 +27,7 @@ class ChatSession:
         if not (Path(model_dir) / "config.json").exists():
             raise RunError(f"{model_dir} holds no exported model\n  change: train it first, or name another run")
         self.tokenizer = open_tokenizer(model_dir)
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token  # several questions are padded
         with quiet_loading():
             self.model = AutoModelForCausalLM.from_pretrained(str(model_dir)).to(device).eval()
         self.max_new_tokens, self.style = max_new_tokens, PromptStyle.of(self.tokenizer)
@@ -51,9 +52,7 @@ class ChatSession:
     def ask_all(self, texts: list[str], *, temperature: float = 0.0, seed: int = 0) -> list[str]:
         """Answers to several questions in one batch, without the dialogue so far; one may be a whole dialogue."""
         inputs = self._inputs([self.style.prompt(turns_of(_asked(text))) for text in texts])
-        with torch.random.fork_rng(devices=[]):
-            tokens = self.model.generate(**inputs, **self._sampling(temperature, seed))
-        answers = tokens[:, inputs["input_ids"].shape[1]:]
+        answers = self._generate(inputs, temperature, seed)[:, inputs["input_ids"].shape[1]:]
         return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
     def stream(self, text: str, *, temperature: float = 0.0, seed: int = 0, remember: bool = True) -> Iterator[str]:
@@ -65,8 +64,7 @@ class ChatSession:
 
         def work():
             try:
-                with torch.random.fork_rng(devices=[]):
-                    self.model.generate(**inputs, **self._sampling(temperature, seed), streamer=streamer)
+                self._generate(inputs, temperature, seed, streamer=streamer)
             except BaseException as error:  # noqa: BLE001  handed to the reader below, who would wait for ever otherwise
                 failure.append(error)
                 streamer.end()
@@ -92,12 +90,12 @@ class ChatSession:
                            "  change:   a shorter question, or a new session")
         return {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
-    def _sampling(self, temperature: float, seed: int) -> dict:
-        torch.manual_seed(seed)
-        how = {"do_sample": temperature > 0}
-        if temperature > 0:
-            how |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-        return how | {"max_new_tokens": self.max_new_tokens, "pad_token_id": pad_id_of(self.tokenizer)}
+    def _generate(self, inputs: dict, temperature: float, seed: int, **more) -> torch.Tensor:
+        how = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.model.generate(**inputs, **how, **more, do_sample=temperature > 0,
+                                       max_new_tokens=self.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id)
 
 
 def _asked(text: str) -> str:

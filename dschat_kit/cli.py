@@ -15,9 +15,9 @@ from dschat_kit.sections import error, flat
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 1 for a failure, 2 for what the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["launch"]:  # everything after it belongs to the launched command
+    if argv[:1] == ["launch"] and argv[1:2] not in (["-h"], ["--help"]):  # the rest belongs to the launched command
         from dschat_kit.notebook.launch import launch
-        return launch(argv[2:] if argv[1:2] == ["--"] else argv[1:])
+        return launch(argv[1:])
     args = _parser().parse_args(argv)
     try:
         return args.command(args)
@@ -90,10 +90,10 @@ def _parser() -> argparse.ArgumentParser:
 def _verify_options(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
     option("--world", choices=("bandit", "bigram"), default="bigram")
-    for name, kind, text in (("vocab", int, "tokens (default: 4, bandit 10)"), ("length", int, "tokens of an answer"),
-                             ("seed", int, "of the world and of PPO"), ("steps", int, "PPO iterations (default 100)"),
-                             ("prompts", int, "how many (default 1)"), ("ranks", int, "processes (default 1)")):
-        option(f"--{name}", type=kind, metavar="N", help=text)
+    for name, usual, text in (("vocab", None, "tokens (default 4, bandit 10)"), ("length", None, "tokens of an answer"),
+                              ("seed", 0, "of the world and of PPO"), ("steps", 100, "PPO iterations (default 100)"),
+                              ("prompts", 1, "how many (default 1)"), ("ranks", 1, "processes (default 1)")):
+        option(f"--{name}", type=int, default=usual, metavar="N", help=text)
     option("--zero", type=int, choices=(0, 1, 2, 3), default=0, help="ZeRO stage")
     option("--beta", type=float, nargs="+", default=[0.5], help="KL coefficients, one run each")
     option("--eos", action="store_true", help="the last token ends an answer")
@@ -175,10 +175,9 @@ def _verify(args) -> int:
     if args.methods:
         print("\n".join(map(verify.line, verify.compare(args.methods))))
         return 0
-    given = {name: getattr(args, name) for name in ("vocab", "length", "seed", "steps", "prompts")}
-    cases = verify.plan(args.world, betas=tuple(args.beta), eos=args.eos,
-                        **{name: value for name, value in given.items() if value is not None})
-    found = verify.launch_cases(cases, 1 if args.ranks is None else args.ranks, args.zero, args.export)
+    cases = verify.plan(args.world, args.vocab, args.length, tuple(args.beta), args.seed, args.eos, args.prompts,
+                        args.steps)
+    found = verify.launch_cases(cases, args.ranks, args.zero, args.export)
     rows = found["cases"]
     failed = {row["beta"]: verify.failures(row) for row in rows}
     found = rows[0] if len(rows) == 1 else found
@@ -189,7 +188,7 @@ def _verify(args) -> int:
 
 def _study(args) -> int:
     from dschat_kit.study import failed, run_study
-    rows = run_study(args.run_root, args.out, args.seeds, sets=args.overrides)
+    rows = run_study(args.run_root, args.out, args.seeds, args.overrides)
     print(f"{sum(map(failed, rows))} of {len(rows)} failed; see {args.out / 'ppo.md'}")
     return 0
 

@@ -39,12 +39,13 @@ class Machine:
         """The dtype that `model.dtype=auto` stands for."""
         return "bf16" if self.bf16 else "fp32"
 
-    def check_ranks(self, ranks: int) -> None:
-        """Raises ConfigError for more ranks than there are GPUs, or on a CPU cores: each computes on one of its own."""
+    def check_ranks(self, ranks: int, flag: str = "--num-gpus") -> None:
+        """Raises ConfigError, naming the flag that asked for them, for more ranks than there are GPUs, or on a CPU
+        cores: each computes on one of its own."""
         if not 1 <= ranks <= self.devices:
             kind = "GPUs" if self.accelerator == "cuda" else "cores"
-            raise error("--num-gpus", str(ranks), f"1 to {self.devices}, the {kind} of this machine",
-                        f"--num-gpus {self.default_ranks}, or more machines with --launcher")
+            raise error(flag, str(ranks), f"1 to {self.devices}, the {kind} of this machine", f"{flag} "
+                        f"{self.default_ranks}" + ", or more machines with --launcher" * (flag == "--num-gpus"))
 
 
 def detect() -> Machine:
@@ -121,6 +122,13 @@ def own_path() -> str:
     return f"{own}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
+def dschat(*words: str, output=2) -> int:
+    """Exit code of `dschat WORDS` in a process of its own, which writes to `output` (standard error) and computes with
+    matrices that are too small for a second thread."""
+    return subprocess.run([sys.executable, "-m", "dschat_kit.cli", *words], stdin=subprocess.DEVNULL, stdout=output,
+                          stderr=output, env={"OMP_NUM_THREADS": "1", **os.environ}).returncode
+
+
 def resolve(pipeline: Pipeline) -> Pipeline:
     """What names stand for here, written out: a run folder says what was done, not what was asked for.
 
@@ -132,8 +140,9 @@ def resolve(pipeline: Pipeline) -> Pipeline:
     dtype = detect().dtype if model.dtype == "auto" else model.dtype
     sources = ",".join(_source(source).replace(",", "\\,") + ("" if weight is None else f":{weight:.12g}")
                        for source, weight in data.weighted_sources())
+    module = _source(data.module) if data.module.endswith(".py") else data.module  # else a name, not a folder of it
     return dataclasses.replace(pipeline, model=dataclasses.replace(model, dtype=dtype, name=_model(model.name)),
-                               data=dataclasses.replace(data, sources=sources, module=_source(data.module)),
+                               data=dataclasses.replace(data, sources=sources, module=module),
                                zero=dataclasses.replace(zero, deepspeed=_json_text(zero.deepspeed)),
                                reward=dataclasses.replace(reward, model=reward.model and _model(reward.model)))
 
@@ -161,7 +170,7 @@ def _source(name: str) -> str:
     if name == "hh-helpful":
         folder = os.environ.get("DSCHAT_DATA")
         return str(Path(folder).absolute() / "hh_helpful_256") if folder else "Dahoas/rm-static"
-    return str(Path(name).absolute()) if name not in ("", "toy") and Path(name).exists() else name
+    return str(Path(name).absolute()) if name not in ("", "toy") and (Path(name).exists() or "*" in name) else name
 
 
 def _torch_build() -> str:

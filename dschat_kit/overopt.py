@@ -5,14 +5,12 @@ The study of Gao et al. 2022 (2210.10760) on the toy world, whose true reward is
 stage in a run folder of its own, so an interrupted study goes on where it was; `overopt_report.py` reads them.
 """
 
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from dschat_kit.machine import dschat
 from dschat_kit.runs import RunError, StageRun, link_stages, open_run, read_json, write_json
 
 __all__ = ["Case", "cases", "make", "plan_best_of_n"]
@@ -113,8 +111,6 @@ def plan_best_of_n(folder: Path, policy: Path, prompts: int, answers: int, model
 
 
 def _run(words: list[str], folder: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "dschat_kit.cli", *words], stdout=sys.stderr, stdin=subprocess.DEVNULL,
-                          env={"OMP_NUM_THREADS": "1", **os.environ})
-    if done.returncode:
-        raise RunError(f"`dschat {words[0]}` in {folder} ended with {done.returncode}\n"
+    if code := dschat(*words):
+        raise RunError(f"`dschat {words[0]}` in {folder} ended with {code}\n"
                        "  change: see the logs there; the same command goes on with what is missing")

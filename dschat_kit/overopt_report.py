@@ -8,12 +8,13 @@ log-odds) divided by that scale is the gain that a reward model promises.
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
 from dschat_kit.data.toy import PREFERENCE_SCALE
 from dschat_kit.metrics import read_metrics
-from dschat_kit.notebook.reward_plots import FIGURES, METHODS, mean, squared
+from dschat_kit.notebook.reward_plots import FIGURES, METHODS, squared
 from dschat_kit.overopt import ANSWERS, PPO, PROMPTS, cases
 from dschat_kit.rlhf.overoptimisation import best_of_n, best_of_n_kl, distinct_kl, fit, fitted, turning_point
 from dschat_kit.runs import StageRun, open_run, write_json
@@ -145,14 +146,15 @@ def report(root: Path, results: Path, figures: Path) -> dict:
 def in_words(found: dict) -> str:
     """The table for a reader."""
     rows = [line(row) for row in found["curves"]]
+    largest = max(points["d"][-1] ** 2 for row in found["curves"] if row["method"] == "best-of-n"
+                  for points in row["points"])
     lines = ["# Reward over-optimisation", "", "Written by `dschat overopt --out docs`.", "",
              f"The true (gold) reward of the toy world lies in [0, 1]. Seeds: {len(found['curves'][0]['points'])}, "
              f"each with its own SFT model; best-of-n from {found['answers']} answers to {found['prompts']} held-out "
              f"prompts a seed, n up to {found['ns'][-1]}; PPO with `{' '.join(found['ppo'][:2])}`. Gains are over the "
              "SFT model; what the reward model promises is in units of the true reward. Intervals are 95 %, by "
              "bootstrap over seeds and prompts (for PPO: answers). Answers repeat, so best-of-n is nearer to the SFT "
-             f"model than log n - (n - 1) / n: at n = {found['ns'][-1]} {_largest(found):.2f} nats at most, where that "
-             "says "
+             f"model than log n - (n - 1) / n: at n = {found['ns'][-1]} {largest:.2f} nats at most, where that says "
              f"{found['bound'][-1]:.2f}.", "", "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|",
              *("| " + " | ".join(row.values()) + " |" for row in rows), "",
              *(f"![{name}](../figures/{name}.png)" for name in FIGURES)]
@@ -166,13 +168,8 @@ def line(row: dict) -> dict[str, str]:
     coefficients = {name: f"{row[name]:.3f} ({row[f'{name}_interval'][0]:.3f} to {row[f'{name}_interval'][1]:.3f})"
                     for name in ("alpha", "beta")}
     return {"method": METHODS[row["method"]][3], "reward model": f"{row['width']} wide", "pairs": str(row["pairs"]),
-            "accuracy": f"{mean(row['accuracy']):.3f}", **coefficients,
+            "accuracy": f"{fmean(row['accuracy']):.3f}", **coefficients,
             "stop at KL (nats)": f"{squared(row['turn']) if inside else f'not up to {d * d:.1f}'} "
                                  f"({squared(low)} to {squared(high)})",
             "gain there": f"{row['gain_at_stop']:+.3f}", "gain at the last point": f"{row['gain_at_end']:+.3f}",
-            "promised there": f"{mean([points['promise'][-1] for points in row['points']]):+.3f}"}
-
-
-def _largest(found: dict) -> float:
-    return max(points["d"][-1] ** 2 for row in found["curves"] if row["method"] == "best-of-n"
-               for points in row["points"])
+            "promised there": f"{fmean([points['promise'][-1] for points in row['points']]):+.3f}"}

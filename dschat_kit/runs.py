@@ -118,9 +118,9 @@ class StageRun:
                 "host": socket.gethostname()}
         write_json(self.path / "status.json", {**base, **self.status, **changes, "updated": now})
 
-    def lock(self, name: str = ".lock"):
+    def lock(self):
         """Hold the folder while the returned file is open. Raises RunError when another process has it."""
-        return take_lock(self.path / name)
+        return take_lock(self.path / ".lock")
 
 
 def take_lock(path: Path):

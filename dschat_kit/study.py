@@ -6,21 +6,20 @@ runs at a time. Plans, launches and judges; what is finished is not run again.
 """
 
 import math
-import os
-import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import NormalDist, fmean, stdev
 
 from dschat_kit.config import Pipeline
-from dschat_kit.machine import resolve
+from dschat_kit.machine import dschat, resolve
 from dschat_kit.notebook.diagnosis import run_checks
 from dschat_kit.notebook.stage import begin
+from dschat_kit.notebook.tables import grid, named
 from dschat_kit.presets import get_preset
 from dschat_kit.rlhf.overoptimisation import best_of_n_kl
 from dschat_kit.runs import RunError, link_stages, open_run, read_json, write_json
+from dschat_kit.sections import error
 
 __all__ = ["ARMS", "interval", "read_row", "report", "run_study"]
 
@@ -36,21 +35,22 @@ ARMS = {
 """Name -> stage, settings, in words. The first has all seeds, the others the first few of them."""
 SHARED = ("data", "sft", "reward")
 """Stages that all runs have in common."""
-BEST_OF = (1, 2, 4, 8, 16, 32)
+OTHER_SEEDS, BEST_OF = 5, (1, 2, 4, 8, 16, 32)
 NUMBERS = ("gold_before", "gold_after", "score_before", "score_after", "kl", "lm_loss_before", "lm_loss_after",
            "response_length_after", "eos_rate_after")
 
 
-def run_study(root: Path, out: Path, seeds: int = 20, other_seeds: int = 5, sets: list[str] = (),
-              say: Callable[[str], None] = print) -> list[dict]:
+def run_study(root: Path, out: Path, seeds: int, sets: list[str]) -> list[dict]:
     """Train what is missing under `root`, then write ppo.json, ppo.md and ppo.png into `out`; returns the rows.
 
     A run that fails is a result. Raises RunError where SFT, reward model or the last evaluation do."""
-    root, pipeline = Path(root).absolute(), resolve(get_preset("tiny").with_overrides(sets))
+    if seeds < 1:
+        raise error("--seeds", str(seeds), "at least 1", "--seeds 20")
+    root, pipeline = root.absolute(), resolve(get_preset("tiny").with_overrides(sets))
     for stage in ("sft", "reward"):
         if not train(root / "base", stage, pipeline, ranks=2):
             raise RunError(f"the {stage} stage in {root / 'base'} failed\n  change: see {root / 'base' / stage}/logs")
-    asked = [(arm, seed) for arm in ARMS for seed in range(seeds if arm == "gae" else min(seeds, other_seeds))]
+    asked = [(arm, seed) for arm in ARMS for seed in range(seeds if arm == "gae" else min(seeds, OTHER_SEEDS))]
     asked.sort(key=lambda run: run[1])  # an unfinished study has something of every arm
 
     def one(arm: str, seed: int) -> dict:
@@ -58,13 +58,13 @@ def run_study(root: Path, out: Path, seeds: int = 20, other_seeds: int = 5, sets
         place = link_stages(root / f"{arm}-{seed}", root / "base", *SHARED)
         train(place, stage, pipeline.with_overrides([*settings, f"{stage}.seed={seed}"]))
         row = {"arm": arm, "seed": seed, **read_row(place, stage)}
-        say(f"{arm} {seed}: {row['state']}, gold {row.get('gold_after', math.nan):.3f}")
+        print(f"{arm} {seed}: {row['state']}, gold {row.get('gold_after', math.nan):.3f}")
         return row
 
     with ThreadPoolExecutor(2) as pool:
         rows = list(pool.map(lambda run: one(*run), asked))
     rows += judged(root, pipeline, [row["seed"] for row in rows if row["arm"] == "gae" and row["state"] == "finished"],
-                   min(seeds, other_seeds))
+                   min(seeds, OTHER_SEEDS))
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "ppo.json", rows)
     (out / "ppo.md").write_text(report(rows))
@@ -84,8 +84,7 @@ def train(place: Path, stage: str, pipeline: Pipeline, ranks: int = 1) -> bool:
 def launch(command: list[str], place: Path) -> None:
     """A job under `dschat launch`, which logs it in its own folder."""
     with open(place / "study.log", "a") as log:
-        subprocess.run([sys.executable, "-m", "dschat_kit.cli", "launch", "--", *command], stdout=log, stderr=log,
-                       env={"OMP_NUM_THREADS": "1", **os.environ})
+        dschat("launch", "--", *command, output=log)
 
 
 def judged(root: Path, pipeline: Pipeline, averaged: list[int], seeds: int) -> list[dict]:
@@ -192,9 +191,7 @@ def differences(arms: dict[str, list[dict]]) -> list[str]:
 
 def figure(rows: list[dict]):
     """Gold of every run by arm; gold against KL with best-of-n; the LM loss against gold; the EMA against the end."""
-    from matplotlib.figure import Figure
-    made = Figure(figsize=(13, 4), layout="constrained")
-    by_arm, by_kl, by_loss = made.subplots(1, 3)
+    made, ((by_arm, by_kl, by_loss),) = grid(1, 3, (13, 4))
     trained = [arm for arm in (*ARMS, "ema") if any(row["arm"] == arm and "gold_after" in row for row in rows)]
     for place, arm in enumerate(trained):
         some = [row for row in rows if row["arm"] == arm and "gold_after" in row]
@@ -217,9 +214,7 @@ def figure(rows: list[dict]):
     for axes, x, y in ((by_arm, "", "gold after (mean, 95 %)"), (by_kl, "KL to the SFT model (nats)", "gold after"),
                        (by_loss, "LM loss on held-out text (nats; dotted: before)", "gold after")):
         axes.set(xlabel=x, ylabel=y)
-        axes.spines[["top", "right"]].set_visible(False)
     by_kl.legend(frameon=False, fontsize=8)
-    made.set_label("Stage 3 over seeds: " + "; ".join(
+    return named(made, "Stage 3 over seeds: " + "; ".join(
         f"{arm} gold {said([row['gold_after'] for row in rows if row['arm'] == arm and 'gold_after' in row])}"
         for arm in trained))
-    return made

@@ -6,10 +6,7 @@ the exact gradient and the first ratio are judged as well.
 """
 
 import math
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,14 +14,15 @@ from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 
-from dschat_kit.config import ConfigError, Pipeline
-from dschat_kit.machine import detect
+from dschat_kit.config import Pipeline
+from dschat_kit.machine import detect, dschat
+from dschat_kit.notebook.tables import grid, named
 from dschat_kit.runs import RunError, read_json, write_json
+from dschat_kit.sections import error
 
 __all__ = ["METHODS", "compare", "failures", "figure", "gradient_figure", "launch_cases", "line", "plan",
            "slope_errors", "table"]
 
-WORLDS = ("bandit", "bigram")
 BETAS = (0.1, 0.5, 1.0, 2.0)
 METHODS = ("gae", "rloo", "grpo", "reinforce", "dpo", "grpo k3", "best of 2", "best of 4", "best of 16", "best of 64")
 ANSWERS = 2 ** 17
@@ -42,12 +40,12 @@ def plan(kind: str = "bigram", vocab: int | None = None, length: int | None = No
              "at least 2, and at most 500 for bigram: the model is as wide"),
             ("--prompts", prompts, 1 <= prompts <= 16, "1 to 16"),
             ("--length", length, length == 1 if kind == "bandit" else length >= 1, "1 for the bandit, else at least 1"),
-            ("--beta", betas, all(0 < beta < 1e6 for beta in betas), "above 0"),
+            ("--beta", betas, all(0 < beta < 1e6 for beta in betas), "above 0, below a million"),
             ("--seed", seed, seed >= 0, "at least 0"), ("--steps", steps, steps >= 1, "at least 1"),
             ("--vocab and --length", (vocab, length), prompts * vocab ** length <= ANSWERS,
              f"at most {ANSWERS} answers (prompts * vocab ** length)")):
         if not good:
-            raise ConfigError(f"{name}: got {value}\n  expected: {expected}\n  change:   {name}")
+            raise error(name, str(value), expected, name)
     world = {"kind": kind, "vocab": vocab, "length": length, "seed": seed, "eos": eos, "prompts": prompts}
     return [{"world": world, "beta": beta, "steps": steps, "method": method} for beta in betas for method in methods]
 
@@ -59,18 +57,16 @@ def launch_cases(cases: list[dict], ranks: int = 1, zero: int = 0, export: Path 
     The job's output goes to standard error. Raises RunError when it fails; its folder is then kept.
     """
     if ranks < 1 or 256 % ranks:
-        raise ConfigError(f"--ranks: got {ranks}\n  expected: a divisor of 256, the batch\n  change:   --ranks 2")
-    detect().check_ranks(ranks)
+        raise error("--ranks", str(ranks), "a divisor of 256, the batch", "--ranks 2")
+    detect().check_ranks(ranks, "--ranks")
     folder = Path(tempfile.mkdtemp(prefix="dschat-verify-")) / "ppo"
     folder.mkdir()
     write_json(folder / "config.json", {"stage": "ppo", "preset": "verify", "config_hash": "", "seed": 0,
                                         "pipeline": Pipeline().to_dict()})
     write_json(folder / "cases.json", {"zero": zero, "cases": cases})
     program = ["deepspeed", "--num_gpus", str(ranks), "--module", "dschat_kit.train.exact", "--run", str(folder)]
-    done = subprocess.run([sys.executable, "-m", "dschat_kit.cli", "launch", "--", *program], stdout=sys.stderr,
-                          env={"OMP_NUM_THREADS": "1", **os.environ})  # matrices too small for a second thread
-    if done.returncode:
-        raise RunError(f"the launched job ended with {done.returncode}\n  change: see {folder / 'logs'}")
+    if code := dschat("launch", "--", *program):
+        raise RunError(f"the launched job ended with {code}\n  change: see {folder / 'logs'}")
     found = {name: value for name, value in read_json(folder / "result.json").items() if name in
              ("cases", "kl_gradients")}
     if export:
@@ -186,13 +182,12 @@ def name_of(row: dict) -> str:
 def figure(rows: list[dict]):
     """Runs landing on the frontier: for each world the highest E[r] at a KL (theory), and what was reached. Colours are
     betas, or methods where there are several."""
-    from matplotlib.figure import Figure
     worlds, several = list(dict.fromkeys((name_of(row), row["seed"]) for row in rows)), len(methods_of(rows)) > 1
     across, sort = min(4, len(worlds)), "method" if several else "beta"
-    made = Figure(figsize=(2.6 + 4.4 * across, 4.4) if several else
-                  (1.6 + 3.4 * across, 3.2 * -(-len(worlds) // across)), layout="constrained")
+    lines = -(-len(worlds) // across)
+    made, places = grid(lines, across, (2.6 + 4.4 * across, 4.4) if several else (1.6 + 3.4 * across, 3.2 * lines))
     kinds = methods_of(rows) if several else sorted({row["beta"] for row in rows})
-    for axes, world in zip(made.subplots(-(-len(worlds) // across), across, squeeze=False).flat, worlds, strict=False):
+    for axes, world in zip(places.flat, worlds, strict=False):
         some = [row for row in rows if (name_of(row), row["seed"]) == world]
         axes.plot(*zip(*some[0]["frontier"], strict=True), color="0.6", label="exact optimum")
         for row in some:
@@ -202,13 +197,11 @@ def figure(rows: list[dict]):
             axes.plot(row["reached_kl"], row["reached_reward"], "osD^vX*P"[place % 8] if several else "o", alpha=0.7,
                       label=kinds[place] if several else f"beta {row['beta']:g}", color=f"C{place}")
         axes.set(title=f"{world[0]}, seed {world[1]}", xlabel="KL to the reference (nats)", ylabel="E[reward]")
-        axes.spines[["top", "right"]].set_visible(False)
-        named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-        axes.legend(named.values(), named.keys(), fontsize=8, frameon=False)
-    made.set_label("Runs on the frontier of reward and KL: " + "; ".join(
+        marks = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # each label once
+        axes.legend(marks.values(), marks.keys(), fontsize=8, frameon=False)
+    return named(made, "Runs on the frontier of reward and KL: " + "; ".join(
         f"{name_of(row)}, {row['method']}, beta {row['beta']:g}, gap closed {row['gap_closed']:.4f}"
         for row in rows[:12]))
-    return made
 
 
 def family(kind):
@@ -224,20 +217,17 @@ def methods_of(rows: list[dict]) -> list[str]:
 def gradient_figure(gradients: dict[str, list[float]]):
     """Which KL estimates may be used, and how: the expected gradient by each logit against that of the true KL. On the
     diagonal is right."""
-    from matplotlib.figure import Figure
     true, names = gradients["true KL"], ("k1 in the reward", "k2 as a loss", "k1 as a loss", "k3 as a loss")
-    made = Figure(figsize=(13, 3.4), layout="constrained")
+    made, (places,) = grid(1, len(names), (13, 3.4), sharex=True, sharey=True)
     ends = [min(true + gradients["k3 as a loss"]), max(true + gradients["k3 as a loss"])]
-    for axes, name in zip(made.subplots(1, len(names), sharex=True, sharey=True), names, strict=True):
+    for axes, name in zip(places, names, strict=True):
         axes.plot(ends, ends, color="0.6", linewidth=1)
         axes.plot(true, gradients[name], "o", color="C0" if name in names[:2] else "C3")
         if name == "k3 as a loss":
             axes.plot(true, gradients["KL(ref || policy)"], "k+", markersize=10, label="gradient of KL(ref || policy)")
             axes.legend(frameon=False, fontsize=8)
         axes.set(title=name, xlabel="gradient of KL(policy || ref)")
-        axes.spines[["top", "right"]].set_visible(False)
-    made.axes[0].set_ylabel("expected gradient of the estimate")
-    made.set_label("Expected gradients of KL estimates: " + "; ".join(
+    places[0].set_ylabel("expected gradient of the estimate")
+    return named(made, "Expected gradients of KL estimates: " + "; ".join(
         f"{name}, largest difference {max(abs(a - b) for a, b in zip(gradients[name], true, strict=True)):.3g}"
         for name in names))
-    return made

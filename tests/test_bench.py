@@ -58,7 +58,7 @@ def test_peak_memory_counts_what_a_call_holds():
 
 @pytest.mark.parametrize("flags, words", [
     (["--engines", "kit,vllm"], "expected: some of kit,hf,hf_default,deepspeed"),
-    (["--batch", "0"], "--batch: got 0"),
+    (["--batch", "0"], "--batch: got 0"), (["--ranks", "9999"], "change:   --ranks"),
     (["--prompts", "missing.jsonl"], "missing.jsonl"),
     (["--live-parameters", "0"], "--live-parameters: got 0 with rollout --zero 0"),
 ])
@@ -83,8 +83,8 @@ def test_a_penalty_in_the_models_folder_is_nobodys(tmp_path):
 
 
 def test_texts_need_no_fetched_tokenizer(tmp_path, monkeypatch):
-    rows = [{"prompt": "the cow says " * n, "chosen": "moo " * n} for n in (1, 2, 30)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows = [{"prompt": "the cow\u2028says " * n, "chosen": "moo " * n} for n in (1, 2, 30)]  # a line break of Unicode's
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
     monkeypatch.setattr(bench, "checkout", lambda: tmp_path)
     file = tmp_path / "rows.jsonl"
     args = argparse.Namespace(model="random:tiny", prompts=file, lengths=str(file))

@@ -1,5 +1,7 @@
 """Talking to an exported model."""
 
+import json
+
 import pytest
 import torch
 from tiny_models import folder
@@ -28,6 +30,13 @@ def test_answers_do_not_depend_on_batch_mates_and_streaming(session):
     assert "".join(session.stream(questions[1], remember=False)).strip() == answers[1]
     rows = [{"question": question, "a": answer} for question, answer in zip(questions, answers, strict=True)]
     assert compare({"a": session}, questions) == rows
+
+
+def test_a_tokenizer_without_a_pad_token_answers_several_questions(session, tmp_path):
+    path = folder(tmp_path, "llama") / "tokenizer_config.json"
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items()
+                                if name != "pad_token"}))
+    assert ChatSession(tmp_path, max_new_tokens=8).ask_all(["moo?", "hay?"]) == session.ask_all(["moo?", "hay?"])
 
 
 def test_seed_and_temperature(session):

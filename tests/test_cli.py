@@ -63,12 +63,17 @@ def test_what_cannot_work_ends_at_once(tmp_path, capsys, monkeypatch, launched, 
     assert not launched and not (tmp_path / "run").exists()
 
 
+def test_a_study_has_a_seed(tmp_path, capsys):
+    code, shown = dschat("study", "--seeds", "0", "--out", str(tmp_path), capsys=capsys)
+    assert code == 2 and "--seeds: got 0\n  expected: at least 1" in shown
+
+
 def test_nothing_heavy_is_imported_on_the_way():
     """A start, help, and every refusal above in one new interpreter."""
     script = f"""
 import sys
 from dschat_kit.cli import main
-for argv in (["--help"], ["run", "--help"], ["nonsense"]):
+for argv in (["--help"], ["run", "--help"], ["launch", "--help"], ["nonsense"]):
     try:
         main(argv)
     except SystemExit as end:

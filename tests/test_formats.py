@@ -80,7 +80,9 @@ def test_margins_are_kept():
     assert next(iter(HUB["openai/webgpt_comparisons"].pairs(WEBGPT))).margin == 1.0
     assert next(iter(HUB["stanfordnlp/SHP"].pairs(SHP))).margin == 7.0
     assert next(iter(FORMATS["preference"].pairs(ULTRA))).margin == 1.5
-    assert next(iter(FORMATS["preference"].pairs({"prompt": "a", "chosen": "b", "rejected": "c"}))).margin is None
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    for margin, kept in (({}, None), ({"margin": ""}, None), ({"margin": "0.5"}, 0.5)):
+        assert next(iter(FORMATS["preference"].pairs(row | margin))).margin == kept
 
 
 def test_what_is_no_preference_is_an_answer_to_learn_from():

@@ -81,6 +81,15 @@ def test_relative_paths_become_absolute_with_their_weights(monkeypatch, tmp_path
     assert sources("my rows.jsonl:2, org/name:0.5") == f"{tmp_path}/my rows.jsonl:2,org/name:0.5"
     assert sources("toy") == "toy"
     assert sources(sources("my rows.jsonl")) == f"{tmp_path}/my rows.jsonl"
+    assert sources("my*.jsonl:2") == f"{tmp_path}/my*.jsonl:2"  # notebooks have another current folder
+
+
+def test_a_module_is_a_file_or_a_name_whatever_folders_there_are(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine.py").touch()
+    for module, resolved in (("mine", "mine"), ("mine.py", f"{tmp_path}/mine.py"), ("", "")):
+        assert resolve(Pipeline(data=Data(module=module))).data.module == resolved
 
 
 def test_a_model_in_models_is_found_by_its_hub_name(monkeypatch, tmp_path):

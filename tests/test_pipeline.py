@@ -163,6 +163,19 @@ def test_a_source_of_ones_own_works_in_a_process_of_its_own(tmp_path):
     assert stage_hash(pipeline, "data") != run.config["config_hash"]
 
 
+def test_rows_of_the_users_code_that_a_killed_build_left_are_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setitem(stage.sources.SOURCES, "mine", lambda data, seed: (
+        (f"row {i}", "", {"prompt": f"why {i}?", "chosen": "so", "rejected": "no"}) for i in range(next(numbers))))
+    numbers = iter((100, 200))
+    pipeline = Pipeline(data=Data(sources="mine"), model=Model(vocab_size=300))
+    run, _ = prepare_stage(tmp_path / "run", "data", pipeline)
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(stage, "place", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        build_stage_data(run, report=lambda _: None)
+    assert build_stage_data(run, report=lambda _: None)["read"] == {"mine": 200}
+    assert not (run.path / ".build").exists()
+
+
 def test_skipped_rows_filters_and_defused_markers_stand_in_the_result(tmp_path):
     path = rows(tmp_path / "mine.jsonl", 200)
     with open(path, "a") as file:

@@ -17,6 +17,7 @@ from dschat_kit.runs import (
     read_json,
     source_files,
     stage_hash,
+    take_lock,
     write_json,
 )
 
@@ -156,7 +157,7 @@ def test_an_earlier_stage_of_another_configuration_is_refused(tmp_path):
 
 
 def _hold(path: Path, name: str, ready, done) -> None:
-    with open_run(path, "data").lock(name):
+    with take_lock(path / "data" / name):
         ready.set()
         done.wait(30)
 
@@ -176,7 +177,7 @@ def test_a_folder_in_use_is_left_alone(tmp_path, name):
             with pytest.raises(RunError, match="in use by another process"):
                 prepare_stage(tmp_path, "data", PIPELINE, fresh=fresh, resume="auto")
         with pytest.raises(RunError, match="in use by another process"):
-            with run.lock(name):
+            with take_lock(run.path / name):
                 pass
     finally:
         done.set()

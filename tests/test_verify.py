@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from dschat_kit import verify
 from dschat_kit.config import ConfigError, Pipeline, Ppo
+from dschat_kit.machine import detect
 from dschat_kit.notebook.launch import free_port
 from dschat_kit.rlhf import rollout
 from dschat_kit.rlhf.rewards import compute_rewards, kl_estimates
@@ -316,6 +317,9 @@ def test_a_world_that_is_none_is_refused(options):
         verify.plan(**options)
     with pytest.raises(ConfigError, match="divisor of 256"):
         verify.launch_cases(verify.plan(), ranks=3)
+    if detect().devices < 256:
+        with pytest.raises(ConfigError, match="--ranks: got 256(.|\n)*change:   --ranks [0-9]+$"):
+            verify.launch_cases(verify.plan(), ranks=256)
 
 
 def test_slopes_and_failures_tell_wrong_numbers():

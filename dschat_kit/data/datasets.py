@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dschat_kit.config import ConfigError
 from dschat_kit.data.splits import epoch_order
 from dschat_kit.data.store import open_rows
+from dschat_kit.sections import error
 
 __all__ = ["PromptBatch", "SequenceBatch", "StepSampler", "TokenRows", "by_length", "chunks", "packed_sft_batch",
            "pad_prompts", "preference_batch", "rank_share", "ranked_batch", "sft_batch"]
@@ -82,9 +82,8 @@ class StepSampler:
 
     def __post_init__(self):
         if self.rows < self.batch_size:
-            raise ConfigError(f"batch_size: got {self.batch_size}, with {self.rows} rows\n"
-                              "  expected: at least one full batch\n"
-                              "  change:   a smaller batch_size or more rows in data.sources")
+            raise error("batch_size", f"{self.batch_size}, with {self.rows} rows", "at least one full batch",
+                        "a smaller batch_size or more rows in data.sources")
 
     @property
     def steps_per_epoch(self) -> int:

@@ -69,13 +69,15 @@ def _chat(column: str) -> Format:
     return Format((column,), lambda row: [Pair(*_answered(_messages(row, column), column))])
 
 
-def _asked(row: dict, name: str = "prompt") -> list[Turn]:
-    return turns_of(_text(row, name))
+def _asked(row: dict) -> list[Turn]:
+    return turns_of(_text(row, "prompt"))
 
 
 def _margin(row: dict) -> float | None:
-    high, low = row.get("score_chosen"), row.get("score_rejected")
-    return row.get("margin") if high is None or low is None else float(high) - float(low)
+    high, low, margin = (row.get(name) for name in ("score_chosen", "score_rejected", "margin"))
+    if high is None or low is None:
+        return None if margin in (None, "") else float(margin)  # an empty cell of a CSV is ""
+    return float(high) - float(low)
 
 
 def _preference(row: dict) -> Iterable[Pair]:

@@ -80,8 +80,10 @@ def _build(run: StageRun, pipeline: Pipeline, report) -> dict:
     foreign = [name for name in names if name in sources.SOURCES and name != "toy"]
     home = run.root.parent if os.access(run.root.parent, os.W_OK) else run.root
     cache = run.path / ".build" if foreign else Path(os.environ.get("DSCHAT_CACHE") or home / ".data-cache")
+    if foreign:  # only the user's code knows whether its rows are still the same; here may be those of a killed build
+        shutil.rmtree(cache, ignore_errors=True)
     place(cached(cache, _key(run, names, tokenizer), build, report), run.path)
-    if foreign:  # only the user's code knows whether its rows are still the same
+    if foreign:
         shutil.rmtree(cache)
     return read_json(run.path / "rows" / "account.json")
 

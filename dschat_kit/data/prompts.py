@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterable
 
-from dschat_kit.config import ConfigError
+from dschat_kit.sections import error
 
 __all__ = ["ASSISTANT", "HUMAN", "PromptStyle", "Turn", "dialogue_text", "question_of", "split_dialogue", "turns_of"]
 
@@ -26,14 +26,14 @@ WITH_SYSTEM = ("{%% if messages[0]['role'] != 'system' %%}"
                "{%% set messages = [{'role': 'system', 'content': %s}] + messages %%}{%% endif %%}")
 
 
-def split_dialogue(text: str, human: str = HUMAN, assistant: str = ASSISTANT) -> list[Turn]:
+def split_dialogue(text: str) -> list[Turn]:
     """The turns of a text in which roles are spelled out; what stands before the first one is the system message.
 
     A last turn of the assistant that is empty only says who speaks next and is left out.
     """
-    parts = re.split(f"({re.escape(human)}|{re.escape(assistant)})", text)
+    parts = re.split(f"({HUMAN}|{ASSISTANT})", text)
     turns = [("system", parts[0].strip())] if parts[0].strip() else []
-    turns += [("user" if mark == human else "assistant", said.strip())
+    turns += [("user" if mark == HUMAN else "assistant", said.strip())
               for mark, said in zip(parts[1::2], parts[2::2], strict=True)]
     return turns[:-1] if turns and turns[-1] == ("assistant", "") else turns
 
@@ -109,27 +109,27 @@ class PromptStyle:
         try:
             return self.tokenizer.apply_chat_template([{"role": role, "content": text.strip()} for role, text in turns],
                                                       tokenize=False, add_generation_prompt=ask)
-        except TemplateError as error:
-            raise ValueError(f"the chat template refuses it: {error}") from error
+        except TemplateError as problem:
+            raise ValueError(f"the chat template refuses it: {problem}") from problem
 
     def _study_template(self, specials: set[str]) -> set[str]:
         """Where an answer begins and ends in the template, and the words that are roles in it."""
         if self.tokenizer is None or not self.tokenizer.chat_template:
-            raise ConfigError("data.prompt_style: got 'chat', but the tokenizer has no chat template\n  expected: a "
-                              "model with one\n  change:   --set data.prompt_style=dialogue, or another model.name")
+            raise error("data.prompt_style", "'chat', but the tokenizer has no chat template", "a model with one",
+                        "--set data.prompt_style=dialogue, or another model.name")
         one, answer, two, last = said = ("QXAZQ", "QXBZQ", "QXCZQ", "QXDZQ")
         turns = [("user", one), ("assistant", answer), ("user", two)]
         try:
             asked, whole = self._render(turns, True), self._render([*turns, ("assistant", last)], False)
-        except ValueError as error:
-            raise ConfigError(f"data.system: got {self.system!r}, and {error}\n  expected: roles that the template "
-                              "knows\n  change:   --set data.system= or data.prompt_style=dialogue") from error
+        except ValueError as problem:
+            raise error("data.system", f"{self.system!r}, and {problem}", "roles that the template knows",
+                        "--set data.system= or data.prompt_style=dialogue") from problem
         before, _, after = whole.removeprefix(asked).partition(last)
         if not whole.startswith(asked) or before.strip():
-            raise ConfigError(f"data.prompt_style: the chat template asks with {asked.rpartition(two)[2]!r} but writes "
-                              f"{whole.rpartition(two)[2].partition(last)[0]!r} before an answer\n"
-                              "  expected: the same text, else a model is asked as it was never trained\n"
-                              "  change:   the model's chat_template, or --set data.prompt_style=dialogue")
+            asks, writes = asked.rpartition(two)[2], whole.rpartition(two)[2].partition(last)[0]
+            raise error("data.prompt_style", f"a template that asks with {asks!r} and writes {writes!r} before answers",
+                        "the same text, else a model is asked as it was never trained",
+                        "the model's chat_template, or --set data.prompt_style=dialogue")
         found = re.search("|".join(map(re.escape, sorted(specials, key=len, reverse=True))), after)
         if found:  # what ends an answer here is what has to stop the generation
             self.tokenizer.eos_token = found[0]

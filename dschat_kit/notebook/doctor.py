@@ -39,11 +39,9 @@ print("\\n" + json.dumps({"deepspeed": deepspeed.__version__}))
 """
 
 
-def machine_checks(run_root: Path | None = None, *, timeout: float = 180.0) -> list[Check]:
-    """All checks of this machine; about 10 s, nearly all of it the import of torch and DeepSpeed.
-
-    `run_root` is where runs will be written (default: runs/ of the checkout); `timeout` in seconds bounds the imports.
-    """
+def machine_checks(run_root: Path | None = None) -> list[Check]:
+    """All checks of this machine; about 10 s, nearly all of it the import of torch and DeepSpeed. `run_root` is where
+    runs will be written (default: runs/ of the checkout)."""
     machine, python = detect(), platform.python_version()
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     return [
@@ -52,7 +50,7 @@ def machine_checks(run_root: Path | None = None, *, timeout: float = 180.0) -> l
               "the launcher needs Linux: open the checkout in its devcontainer (.devcontainer)"),
         Check("python", f"{python} ({sys.executable})", "fail" if sys.version_info < (3, 11, 5) else "ok",
               f"install Python >= 3.11.5, remove .venv, run `{SETUP}`"),
-        _packages(checkout() / "env" / "constraints.txt"), *_training(machine, timeout), _memory(),
+        _packages(checkout() / "env" / "constraints.txt"), *_training(machine), _memory(),
         _shared_memory(machine), _disk(Path(run_root or checkout() / "runs").absolute()), _loopback(),
         # told, never required: the kit turns off what DeepSpeed would compile at first use
         Check("compiler", compiler or "none, and none is needed (plain gloo on CPUs)")]
@@ -74,8 +72,8 @@ def _packages(constraints: Path) -> Check:
                  f"`{SETUP}` installs the pinned versions (remove .venv/dschat-setup first if it says ready)")
 
 
-def _training(machine: Machine, timeout: float) -> list[Check]:
-    """torch, DeepSpeed and whether this torch can use the GPUs that are here."""
+def _training(machine: Machine, timeout: float = 180.0) -> list[Check]:
+    """torch, DeepSpeed and whether this torch can use the GPUs that are here; `timeout` seconds bound the imports."""
     said, problem = _probe(timeout)
     cure = f"remove .venv and run `{SETUP}`"
     if "torch" not in said:

@@ -17,9 +17,13 @@ FIGURES = {"sft": plots.sft_loss, "reward": plots.reward_training, "dpo": plots.
 
 
 class Watch:
-    """The handle of a live view. `stop()` draws the last state, ends it and raises what went wrong in its thread."""
+    """Bar and curves of a stage folder (or of the stage at work in a run folder) while other cells run.
 
-    def __init__(self, place, every: float):
+    `live = monitor.watch(RUN)` in one cell, the training in the next; it waits for the start and ends with the stage.
+    `every`: seconds between two looks. `stop()` draws the last state and raises what went wrong in its thread.
+    """
+
+    def __init__(self, place, every: float = 3.0):
         self.follow, self.every = Follow(place), every
         self.error: Exception | None = None
         self._drawn, self._stop = None, threading.Event()
@@ -66,10 +70,4 @@ def _progress(look: Snapshot) -> dict:
     return {"text/html": shown, "text/plain": f"{bar(look.fraction)} {look.text()}"}
 
 
-def watch(place, every: float = 3.0) -> Watch:
-    """Show bar and curves of a stage folder (or of the stage at work in a run folder) while other cells run.
-
-    `live = monitor.watch(RUN)` in one cell, the training in the next; it waits for the start and ends with the stage.
-    `every`: seconds between two looks.
-    """
-    return Watch(place, every)
+watch = Watch  # a notebook says monitor.watch(RUN)

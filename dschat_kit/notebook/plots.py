@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from dschat_kit.metrics import read_metrics
-from dschat_kit.notebook.tables import show  # noqa: F401  a notebook says plots.show(figure)
+from dschat_kit.notebook.tables import grid, named, show  # noqa: F401  a notebook says plots.show(figure)
 from dschat_kit.runs import StageRun, open_run
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#595959"
@@ -21,7 +21,7 @@ def sft_loss(run) -> Figure:
     rows = _metrics(run)
     _draw_sft(axes, rows)
     last = _last(rows, "eval_loss", "loss")
-    return _named(figure, f"SFT: loss over {len(rows)} steps, last {last:.3g}" if rows else "SFT: no step yet")
+    return named(figure, f"SFT: loss over {len(rows)} steps, last {last:.3g}" if rows else "SFT: no step yet")
 
 
 def reward_training(run) -> Figure:
@@ -29,27 +29,27 @@ def reward_training(run) -> Figure:
     figure, (loss, accuracy, margin) = _figure(3)
     rows = _metrics(run)
     _curves(loss, rows, STEP, "pairwise loss (nats)", ("loss", BLUE, "-", "batch"))
-    _draw_accuracy(accuracy, rows, _result(run))
+    _draw_accuracy(accuracy, rows, result_of(run))
     _curves(margin, rows, STEP, "score of chosen - rejected", ("margin", GREEN, "-", "batch"))
     label = f"Reward model: {len(rows)} steps, last accuracy {_last(rows, 'eval_accuracy', 'accuracy'):.2f}"
-    return _named(figure, label if rows else "Reward model: no step yet")
+    return named(figure, label if rows else "Reward model: no step yet")
 
 
 def reward_histogram(run) -> Figure:
     """How the finished reward model scores chosen and rejected answers of held-out pairs."""
     figure, (axes,) = _figure(1)
-    result = _result(run)
+    result = result_of(run)
     histogram = result.get("score_histogram")
     if not histogram:
-        return _named(_empty(figure, axes), "Reward scores: no result yet")
+        return named(empty(figure, axes), "Reward scores: no result yet")
     for name, colour, style in (("chosen", BLUE, "-"), ("rejected", ORANGE, "--")):
         axes.stairs(histogram[name], histogram["edges"], fill=True, facecolor=(colour, 0.2), edgecolor=colour,
                     linestyle=style, linewidth=2, label=name)
     low, high = result["accuracy_interval"]
     axes.set_title(f"chosen scores higher in {result['accuracy']:.1%} of pairs ({low:.1%} to {high:.1%})", fontsize=10)
-    _label(axes, "score", "held-out answers")
+    axes.set(xlabel="score", ylabel="held-out answers")
     axes.legend(frameon=False)
-    return _named(figure, f"Histogram of reward scores; accuracy {result['accuracy']:.2f}")
+    return named(figure, f"Histogram of reward scores; accuracy {result['accuracy']:.2f}")
 
 
 def ppo_curves(run) -> Figure:
@@ -64,7 +64,7 @@ def ppo_curves(run) -> Figure:
     clipped.set_ylim(0, 1.1 * max([0.01, *_points(rows, "clip_fraction")[1]]))
     clipped.yaxis.set_major_formatter("{x:.1%}")
     label = f"PPO: {len(rows)} rollouts, last score {_last(rows, 'score_mean'):.3g}, KL {_last(rows, 'kl'):.3g}"
-    return _named(figure, label if rows else "PPO: no rollout yet")
+    return named(figure, label if rows else "PPO: no rollout yet")
 
 
 def ppo_time_split(run) -> Figure:
@@ -72,10 +72,10 @@ def ppo_time_split(run) -> Figure:
     figure, (bars, shares) = _figure(2, widths=(2, 1))
     rows = _metrics(run)
     if not rows:
-        return _named(_empty(figure, bars, shares), "PPO: no rollout yet")
+        return named(empty(figure, bars, shares), "PPO: no rollout yet")
     seconds = {name: [row.get(f"seconds_{name}") or 0.0 for row in rows] for name, *_ in PARTS}
     _stacked(bars.bar, [row["step"] for row in rows], seconds, hatched=len(rows) <= 60)
-    _label(bars, "rollout", "seconds")
+    bars.set(xlabel="rollout", ylabel="seconds")
     bars.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     whole = sum(map(sum, seconds.values())) or 1.0
     share = {name: sum(values) / whole for name, values in seconds.items()}
@@ -85,8 +85,8 @@ def ppo_time_split(run) -> Figure:
     shares.margins(x=0.2)
     shares.xaxis.set_major_formatter("{x:.0%}")
     shares.invert_yaxis()
-    _label(shares, "share of time", "")
-    return _named(figure, "Time of PPO: " + ", ".join(f"{name} {part:.0%}" for name, part in share.items()))
+    shares.set_xlabel("share of time")
+    return named(figure, "Time of PPO: " + ", ".join(f"{name} {part:.0%}" for name, part in share.items()))
 
 
 def engine_time_split(found: dict) -> Figure:
@@ -98,17 +98,17 @@ def engine_time_split(found: dict) -> Figure:
     axes.margins(x=0.1)
     axes.invert_yaxis()
     axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    _label(axes, "seconds an iteration (median)", "")
-    return _named(figure, f"Time of an iteration: ours {found['ratio_to_hf']:.2f} times as fast as plain transformers")
+    axes.set_xlabel("seconds an iteration (median)")
+    return named(figure, f"Time of an iteration: ours {found['ratio_to_hf']:.2f} times as fast as plain transformers")
 
 
 def chain_overview(root: str | Path) -> Figure:
     """The whole chain at a glance: SFT loss, reward accuracy, PPO score and KL, and gold where it is known."""
     sft, reward, ppo = (open_run(Path(root), stage) for stage in ("sft", "reward", "ppo"))
     figure, (loss, accuracy, score, last) = _figure(2, 2)
-    rows, result = _metrics(ppo), _result(ppo)
+    rows, result = _metrics(ppo), result_of(ppo)
     _draw_sft(loss, _metrics(sft))
-    _draw_accuracy(accuracy, _metrics(reward), _result(reward))
+    _draw_accuracy(accuracy, _metrics(reward), result_of(reward))
     _draw_score(score, rows)
     titles = ["1  supervised fine-tuning", "2  reward model", "3  PPO: what it optimises"]
     if result.get("gold_before") is None:
@@ -124,20 +124,20 @@ def chain_overview(root: str | Path) -> Figure:
         last.bar_label(drawn, fmt="%.2f", padding=3)
         last.margins(x=0.15)
         last.invert_yaxis()
-        _label(last, "mean gold reward on held-out prompts", "")
+        last.set_xlabel("mean gold reward on held-out prompts")
         titles.append("4  what it never saw: the true reward")
     for axes, title in zip((loss, accuracy, score, last), titles, strict=True):
         axes.set_title(title, loc="left", fontsize=10)
     gold = ", gold {gold_before:.2f} to {gold_after:.2f}".format(**result) if result.get("gold_after") else ""
-    return _named(figure, f"The chain: SFT loss, reward accuracy, PPO score{gold}")
+    return named(figure, f"The chain: SFT loss, reward accuracy, PPO score{gold}")
 
 
 def gold_parts(run) -> Figure:
     """Toy world: the parts of the known reward before and after PPO, means over held-out prompts."""
     figure, (axes,) = _figure(1)
-    before, after = (_result(run).get(f"gold_parts_{phase}") for phase in ("before", "after"))
+    before, after = (result_of(run).get(f"gold_parts_{phase}") for phase in ("before", "after"))
     if not before or not after:
-        return _named(_empty(figure, axes), "Gold reward: no result yet")
+        return named(empty(figure, axes), "Gold reward: no result yet")
     drawn = axes.grouped_bar({"before PPO": list(before.values()), "after PPO": [after[part] for part in before]},
                              tick_labels=[part.replace("_", " ") for part in before], colors=[GREY, GREEN],
                              group_spacing=0.5, edgecolor="white")
@@ -147,77 +147,64 @@ def gold_parts(run) -> Figure:
             bar.set_hatch(hatch)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.margins(y=0.15)
-    _label(axes, "", "mean part of gold reward")
+    axes.set_ylabel("mean part of gold reward")
     axes.grid(False, axis="x")
     axes.legend(frameon=False)
-    return _named(figure, "Gold reward by part: " + ", ".join(f"{p} {before[p]:.2f} to {after[p]:.2f}" for p in before))
+    return named(figure, "Gold reward by part: " + ", ".join(f"{p} {before[p]:.2f} to {after[p]:.2f}" for p in before))
 
 
 def blend_picture(data_run) -> Figure:
     """Which source gives how many training rows to which stage, and the blend that came out."""
-    result = _result(data_run)
+    result = result_of(data_run)
     figure, (axes,) = _figure(1)
     sources = result.get("rows")
     if not sources:
-        return _named(_empty(figure, axes), "Data: no result yet")
+        return named(empty(figure, axes), "Data: no result yet")
     figure.set_size_inches(9, 1.6 + 0.45 * len(sources))
     train = [sum(count for part, count in by.items() if part[-4:] != "eval") for by in sources.values()]
     short = [name if len(name) <= 34 else "..." + name[-31:] for name in sources]
     names = [f"{name}  ({rows / (sum(train) or 1):.0%})" for name, rows in zip(short, train, strict=True)]
     stages = list(dict.fromkeys(stage for by in sources.values() for stage in by))
-    named = {"eval": "held out", "ptx_eval": "text held out"}
-    counts = {named.get(stage, stage): [by.get(stage, 0) for by in sources.values()] for stage in stages}
+    words = {"eval": "held out", "ptx_eval": "text held out"}
+    counts = {words.get(stage, stage): [by.get(stage, 0) for by in sources.values()] for stage in stages}
     for drawn in _stacked(axes.barh, names, counts):
         axes.bar_label(drawn, [str(int(count)) if count else "" for count in drawn.datavalues], fontsize=9,
                        label_type="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})
     axes.invert_yaxis()
     axes.grid(False, axis="y")
-    _label(axes, "rows", "")
+    axes.set_xlabel("rows")
     axes.legend(frameon=False, ncols=len(stages), loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return _named(figure, "Rows by source and stage: "
+    return named(figure, "Rows by source and stage: "
                   + ", ".join(f"{name} {sum(by.values())}" for name, by in sources.items()))
 
 
 def token_lengths(data_run) -> Figure:
     """Tokens of prompts, chosen and rejected answers of the reward stage: median and 95th percentile."""
     figure, (axes,) = _figure(1)
-    lengths = _result(data_run).get("tokens", {}).get("reward")
+    lengths = result_of(data_run).get("tokens", {}).get("reward")
     if not lengths:
-        return _named(_empty(figure, axes), "Token lengths: no result yet")
+        return named(empty(figure, axes), "Token lengths: no result yet")
     medians = [values["median"] for values in lengths.values()]
     above = [values["p95"] - values["median"] for values in lengths.values()]
     drawn = axes.barh(list(lengths), medians, 0.6, xerr=[[0] * len(above), above], capsize=4, edgecolor="white",
                       color=[BLUE, ORANGE, GREEN], hatch=["//", "..", "\\\\"])
     axes.bar_label(drawn, fmt="%.0f", label_type="center", bbox={"facecolor": "white", "edgecolor": "none"})
     axes.invert_yaxis()
-    _label(axes, "tokens: median, and the line to the 95th percentile", "")
-    return _named(figure, "Tokens: " + ", ".join(f"{name} median {v['median']:.0f}" for name, v in lengths.items()))
+    axes.set_xlabel("tokens: median, and the line to the 95th percentile")
+    return named(figure, "Tokens: " + ", ".join(f"{name} median {v['median']:.0f}" for name, v in lengths.items()))
 
 
 def _figure(columns: int, lines: int = 1, widths=None):
-    figure = Figure(figsize=(9, 3 if lines == 1 else 4.8), dpi=100, facecolor="white", layout="constrained")
+    figure, axes = grid(lines, columns, (9, 3 if lines == 1 else 4.8), width_ratios=widths)
     figure.get_layout_engine().set(wspace=0.06, hspace=0.08)
-    axes = figure.subplots(lines, columns, squeeze=False, width_ratios=widths)
-    for one in axes.flat:
-        one.spines[["top", "right"]].set_visible(False)
-        one.grid(True, color="#E5E5E5", linewidth=0.8)
-        one.set_axisbelow(True)
     return figure, list(axes.flat)
 
 
-def _named(figure: Figure, text: str) -> Figure:
-    figure.set_label(text)
-    return figure
-
-
-def _empty(figure: Figure, *axes) -> Figure:
+def empty(figure: Figure, *axes) -> Figure:
+    """The figure, whose axes say that there is nothing so far."""
     for one in axes:
         one.text(0.5, 0.5, "nothing yet", ha="center", va="center", transform=one.transAxes, color=GREY)
     return figure
-
-
-def _label(axes, x: str, y: str) -> None:
-    axes.set(xlabel=x, ylabel=y)
 
 
 def _stacked(bar, places: list, series: dict[str, list[float]], hatched: bool = True) -> list:
@@ -239,7 +226,7 @@ def _points(rows: list[dict], key: str) -> tuple[list, list]:
 def _curves(axes, rows: list[dict], x: str, y: str, *curves) -> None:
     """Draw curves (key, colour, line style, label); few points get markers, many become dots and a running mean."""
     if not rows:
-        _empty(axes.figure, axes)
+        empty(axes.figure, axes)
     for key, colour, style, label in curves:
         steps, values = _points(rows, key)
         if len(steps) > 100:
@@ -252,7 +239,7 @@ def _curves(axes, rows: list[dict], x: str, y: str, *curves) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     if rows and any(label for *_, label in curves):
         axes.legend(frameon=False, fontsize=9)
-    _label(axes, x, y)
+    axes.set(xlabel=x, ylabel=y)
 
 
 def _draw_sft(axes, rows: list[dict]) -> None:
@@ -293,6 +280,7 @@ def _metrics(run) -> list[dict]:
     return read_metrics(StageRun(getattr(run, "path", run)).metrics_path)
 
 
-def _result(run) -> dict:
+def result_of(run) -> dict:
+    """result.json of a stage; {} where there is none."""
     run = StageRun(getattr(run, "path", run))
     return run.result if (run.path / "result.json").exists() else {}

@@ -143,9 +143,9 @@ def watch_text(path: str | Path, stream=None, every: float = 1.0) -> int:
         return 130
 
 
-def clock(seconds: float | None) -> str:
+def clock(seconds: float) -> str:
     """1:02:03 or 2:03."""
-    hours, rest = divmod(int(seconds or 0), 3600)
+    hours, rest = divmod(int(seconds), 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 
 

@@ -5,27 +5,24 @@ figure's label is its text for those who cannot see it.
 """
 
 import itertools
+from statistics import fmean
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from dschat_kit.notebook.plots import BLUE, GREEN, GREY, ORANGE, PINK
-from dschat_kit.runs import StageRun
+from dschat_kit.notebook.plots import BLUE, GREEN, GREY, ORANGE, PINK, empty, result_of
+from dschat_kit.notebook.tables import grid, named
 
-__all__ = ["FIGURES", "METHODS", "coefficient_figure", "curve_figure", "mean", "reward_quality", "size_figure",
-           "squared"]
+__all__ = ["FIGURES", "METHODS", "coefficient_figure", "curve_figure", "reward_quality", "size_figure", "squared"]
 
 
 def reward_quality(run) -> Figure:
     """Calibration (predicted against observed win rate of the answer that scores higher) and accuracy by how much
     longer the chosen answer is; bars are 95 % intervals."""
-    figure, ((calibrated, length),) = _grid(1, 2, (9, 3.4), same=False)
-    run = StageRun(getattr(run, "path", run))
-    result = run.result if (run.path / "result.json").exists() else {}
+    figure, ((calibrated, length),) = grid(1, 2, (9, 3.4))
+    result = result_of(run)
     if "by_margin" not in result:
-        for axes in (calibrated, length):
-            axes.text(0.5, 0.5, "nothing yet", ha="center", va="center", transform=axes.transAxes, color=GREY)
-        return _named(figure, "Reward model: no result yet")
+        return named(empty(figure, calibrated, length), "Reward model: no result yet")
     calibrated.plot([0.5, 1], [0.5, 1], color=GREY, linestyle=":", label="calibrated")
     for axes, rows, x, y, colour in ((calibrated, result["by_margin"], "predicted", "observed", BLUE),
                                      (length, result["by_length_difference"], "tokens", "accuracy", GREEN)):
@@ -40,7 +37,7 @@ def reward_quality(run) -> Figure:
     for axes in (calibrated, length):
         axes.title.set_fontsize(10)
         axes.legend(frameon=False, fontsize=9)
-    return _named(figure, f"Reward model: calibration error {result['calibration_error']:.3f}; accuracy "
+    return named(figure, f"Reward model: calibration error {result['calibration_error']:.3f}; accuracy "
                   + ", ".join(f"{row['accuracy']:.2f} at {row['tokens']:+.0f} tokens"
                               for row in result["by_length_difference"]))
 
@@ -48,11 +45,6 @@ def reward_quality(run) -> Figure:
 METHODS = {"best-of-n": (BLUE, "s", "--", "best-of-n"), "ppo": (ORANGE, "o", "-", "PPO")}
 """Colour, mark, line and name."""
 STYLES = (("-", "o", BLUE), ("--", "s", GREEN), (":", "^", PINK))
-
-
-def mean(values: list[float]) -> float:
-    """Of a list that is not empty."""
-    return sum(values) / len(values)
 
 
 def squared(d: float | None) -> str:
@@ -66,8 +58,8 @@ def curve_figure(found: dict) -> Figure:
     columns: dict[str, list[dict]] = {}
     for row in found["curves"]:
         if row["width"] == found["curves"][0]["width"]:
-            columns.setdefault(f"{row['pairs']} pairs, accuracy {mean(row['accuracy']):.0%}", []).append(row)
-    figure, axes = _grid(2, len(columns), (9, 5.2))
+            columns.setdefault(f"{row['pairs']} pairs, accuracy {fmean(row['accuracy']):.0%}", []).append(row)
+    figure, axes = grid(2, len(columns), (9, 5.2), sharex=True, sharey="row")
     for (promised, true), (title, rows) in zip(axes.T, columns.items(), strict=True):
         for row in rows:
             colour, mark, style, name = METHODS[row["method"]]
@@ -80,7 +72,7 @@ def curve_figure(found: dict) -> Figure:
     axes[0, 0].set_ylabel("gain promised by\nthe reward model")
     axes[1, 0].set_ylabel("gain in true reward")
     axes[1, 0].legend(frameon=False, fontsize=9)
-    return _named(figure, "Promised and true reward against distance: " + ", ".join(
+    return named(figure, "Promised and true reward against distance: " + ", ".join(
         f"{row['method']} with {row['pairs']} pairs turns at KL {squared(row['turn'])}"
         for rows in columns.values() for row in rows))
 
@@ -88,7 +80,7 @@ def curve_figure(found: dict) -> Figure:
 def size_figure(found: dict) -> Figure:
     """Best-of-n and PPO under reward models of three sizes, taught by more or fewer pairs."""
     widths, methods = (list(dict.fromkeys(row[name] for row in found["curves"])) for name in ("width", "method"))
-    figure, axes = _grid(len(methods), len(widths), (9, 5.4))
+    figure, axes = grid(len(methods), len(widths), (9, 5.4), sharex=True, sharey="row")
     for place, (method, width) in zip(axes.flat, itertools.product(methods, widths), strict=True):
         rows = [row for row in found["curves"] if (row["width"], row["method"]) == (width, method)]
         for row, (style, mark, colour) in zip(rows, STYLES, strict=False):
@@ -101,13 +93,13 @@ def size_figure(found: dict) -> Figure:
     for place in axes[:, 0]:
         place.set_ylabel("gain in true reward")
     axes[0, 0].legend(frameon=False, fontsize=9)
-    return _named(figure, "True reward by size of the reward model and number of pairs")
+    return named(figure, "True reward by size of the reward model and number of pairs")
 
 
 def coefficient_figure(found: dict) -> Figure:
     """The fitted coefficients against the number of pairs, with 95 % intervals; a row of axes for each method."""
     widths, methods = (list(dict.fromkeys(row[name] for row in found["curves"])) for name in ("width", "method"))
-    figure, axes = _grid(len(methods), 2, (9, 5.4), same=False)
+    figure, axes = grid(len(methods), 2, (9, 5.4))
     for place, (method, name) in zip(axes.flat, itertools.product(methods, ("alpha", "beta")), strict=True):
         for number, (width, (style, mark, colour)) in enumerate(zip(widths, STYLES, strict=False)):
             rows = [row for row in found["curves"] if (row["method"], row["width"]) == (method, width)]
@@ -120,21 +112,11 @@ def coefficient_figure(found: dict) -> Figure:
         place.set_ylabel(f"{name}, {METHODS[method][3]}")
         place.set_xlabel("pairs that the reward model learned from")
     axes[0, 0].legend(frameon=False, fontsize=8)
-    return _named(figure, "Coefficients alpha and beta by number of pairs")
+    return named(figure, "Coefficients alpha and beta by number of pairs")
 
 
 FIGURES = {"overoptimisation": curve_figure, "overoptimisation-sizes": size_figure,
            "overoptimisation-coefficients": coefficient_figure}
-
-
-def _grid(lines: int, columns: int, size: tuple[float, float], same: bool = True):
-    figure = Figure(figsize=size, facecolor="white", layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False, sharex=same, sharey="row" if same else False)
-    for one in axes.flat:
-        one.spines[["top", "right"]].set_visible(False)
-        one.grid(True, color="#E5E5E5", linewidth=0.8)
-        one.set_axisbelow(True)
-    return figure, axes
 
 
 def _draw(axes, row: dict, colour: str, style: str, label: str) -> None:
@@ -146,8 +128,3 @@ def _draw(axes, row: dict, colour: str, style: str, label: str) -> None:
         axes.axvline(row["turn"], color=colour, linestyle=":", linewidth=1.2)
         axes.annotate("stop", (row["turn"], 0), xycoords=("data", "axes fraction"), xytext=(3, 4), rotation=90,
                       textcoords="offset points", fontsize=8, color=colour)
-
-
-def _named(figure: Figure, text: str) -> Figure:
-    figure.set_label(text)
-    return figure

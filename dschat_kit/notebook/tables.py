@@ -27,6 +27,23 @@ class Table:
         return self.text
 
 
+def grid(lines: int, columns: int, size: tuple[float, float], **how):
+    """A figure of `size` inches and its (lines, columns) axes, as all of ours look."""
+    figure = Figure(figsize=size, dpi=100, facecolor="white", layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, **how)
+    for one in axes.flat:
+        one.spines[["top", "right"]].set_visible(False)
+        one.grid(True, color="#E5E5E5", linewidth=0.8)
+        one.set_axisbelow(True)
+    return figure, axes
+
+
+def named(figure: Figure, text: str) -> Figure:
+    """The figure with its text for those who cannot see it."""
+    figure.set_label(text)
+    return figure
+
+
 def show(figure: Figure) -> None:
     """Display the figure in a notebook as a picture with a text alternative."""
     from IPython.display import display
