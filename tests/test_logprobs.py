@@ -47,9 +47,11 @@ def test_moving_rows_to_the_left_changes_nothing(architecture):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()) + 1e-6)
 
 
+@pytest.mark.parametrize("right", [False, True])
 @pytest.mark.parametrize("architecture", ["opt", "bloom", "llama"])
-def test_the_logprob_of_a_response_is_the_sum_of_its_tokens_and_nothing_else(architecture, monkeypatch):
-    """With its gradient; only what is predicted is projected to V, which no more than a chunk of is ever in fp32."""
+def test_the_logprob_of_a_response_is_the_sum_of_its_tokens_and_nothing_else(architecture, right, monkeypatch):
+    """With its gradient, wherever padding stands and without a mask; only what is predicted is projected to V, which no
+    more than a chunk of is ever in fp32."""
     model, asked = causal_lm(architecture), request(lengths=(9, 4, 7))
     ids, real = asked.prompt_ids, asked.prompt_attention_mask.clone()
     real[:, :5], real[1] = False, False  # the second row has no response at all
@@ -57,12 +59,19 @@ def test_the_logprob_of_a_response_is_the_sum_of_its_tokens_and_nothing_else(arc
     logits = model(**inputs, use_cache=False).logits
     by_hand = [sum((logits[i, t - 1].log_softmax(-1)[ids[i, t]] for t in range(5, 9) if real[i, t]), torch.zeros(()))
                for i in range(3)]
-    seen = []
+    seen, masks = [], []
     chunks = logprobs.chunked_logprobs
     monkeypatch.setattr(logprobs, "chunked_logprobs", lambda logits, *more: seen.append(len(logits)) or
                         chunks(logits, *more))
-    found = sequence_logprobs(model, ids, asked.prompt_attention_mask, real)
+    rows = ids, asked.prompt_attention_mask, real
+    if right:
+        padding = (~asked.prompt_attention_mask).sum(1).tolist()
+        rows = [torch.stack([row.roll(-by) for row, by in zip(part, padding, strict=True)]) for part in rows]
+    model.register_forward_pre_hook(lambda _model, _args, inputs: masks.append("attention_mask" in inputs),
+                                    with_kwargs=True)
+    found = sequence_logprobs(model, *rows)
     assert torch.allclose(found, torch.stack(by_hand), atol=1e-4) and seen == [int(real.sum())] and found[1] == 0
+    assert masks == [False]
     weight, weights = torch.tensor([1.0, 2.0, -3.0]), [p for p in model.parameters() if p.requires_grad]
     ours = torch.autograd.grad((found * weight).sum(), weights, allow_unused=True)
     theirs = torch.autograd.grad((torch.stack(by_hand) * weight).sum(), weights, allow_unused=True)

@@ -133,13 +133,9 @@ def can_pack(model: nn.Module) -> bool:
     return bool(torch.equal(logits[0], logits[1]))
 
 
-def model_inputs(model: nn.Module, sequences: Tensor, attention_mask: Tensor | None,
-                 packed_positions: Tensor | None = None) -> dict[str, Tensor]:
+def model_inputs(model: nn.Module, sequences: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor]:
     """Keyword arguments of a forward pass. Positions count real tokens only, so left padding changes nothing; without
-    a mask, sequences begin in the first column. Those of packed rows say where each begins (only without a cache: a
-    model with one believes that it goes on)."""
-    if packed_positions is not None:
-        return {"input_ids": sequences, "position_ids": packed_positions}
+    a mask, sequences begin in the first column."""
     if attention_mask is None:
         return {"input_ids": sequences}
     inputs = {"input_ids": sequences, "attention_mask": attention_mask}

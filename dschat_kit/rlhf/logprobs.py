@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dschat_kit.models.loading import accepts, left_aligned, model_inputs, response_columns
+from dschat_kit.models.loading import accepts, left_aligned, response_columns
 
 CHUNK = 2**19
 """Entries of logits that are in fp32 at a time: 2 MB, which stay in the cache of a CPU."""
@@ -70,9 +70,17 @@ def _logits(model: nn.Module, inputs: dict[str, Tensor], wanted: Tensor) -> Tens
 
 def sequence_logprobs(model: nn.Module, sequences: Tensor, attention_mask: Tensor, response_mask: Tensor,
                       packed_positions: Tensor | None = None) -> Tensor:
-    """(B,) log-probabilities of whole responses (B, T), each token predicted from the position before it."""
+    """(B,) log-probabilities of whole responses (B, T), each token predicted from the position before it.
+
+    Rows are moved to the left as in `response_logprobs`. Packed ones stay; their positions say where each begins
+    (without a cache: a model with one believes that it goes on).
+    """
+    inputs = {"input_ids": sequences, "position_ids": packed_positions}
+    if packed_positions is None:
+        sequences, response_mask = (left_aligned(part, attention_mask) for part in (sequences, response_mask))
+        places = torch.arange(sequences.shape[1], device=sequences.device)
+        inputs, response_mask = {"input_ids": sequences}, response_mask & (places < attention_mask.sum(1, keepdim=True))
     real = response_mask[:, 1:].bool()
-    inputs = model_inputs(model, sequences, attention_mask, packed_positions)
     logits = _logits(model, inputs, F.pad(real, (0, 1)))
     found, _ = chunked_logprobs(logits, sequences[:, 1:][real])
     return torch.zeros(real.shape, device=logits.device).masked_scatter(real, found).sum(-1)

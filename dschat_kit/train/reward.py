@@ -25,7 +25,7 @@ from dschat_kit.data.datasets import (
 from dschat_kit.data.tokenizer import require_same_tokenizer
 from dschat_kit.engine.engines import learning_rate, set_learning_rate
 from dschat_kit.engine.zero import gathered, sharded_loading
-from dschat_kit.models.scalar_model import last_token, load_scalar_model
+from dschat_kit.models.scalar_model import load_scalar_model, response_scores
 from dschat_kit.rlhf.losses import preference_loss
 from dschat_kit.runs import open_run
 from dschat_kit.train.rank import main
@@ -64,7 +64,7 @@ def train(session: Session) -> dict:
             batch, places = ranked_batch(micro, pad_id)
             lengths += [(length, 0) for length in batch.attention_mask.sum(1).tolist()]
             batch = batch.to(session.device)
-            scores = last_token(engine(batch.sequences, batch.attention_mask), batch.attention_mask)
+            scores = response_scores(engine, batch.sequences, batch.attention_mask)
             chosen, rejected = scores[places.to(session.device)].chunk(2)
             part, metrics = preference_loss(chosen, rejected, pairs=settings.batch_size)
             session.backward(engine, part)
@@ -100,7 +100,7 @@ def scores_of(session: Session, engine, rows: TokenRows, limit: int, build) -> n
     engine.eval()
     for some in chunks(rank_share(places, session.rank, session.world_size), session.pipeline.rollout.micro_batch_size):
         batch = build(rows.take(some)).to(session.device)
-        scores = last_token(engine(batch.sequences, batch.attention_mask), batch.attention_mask)
+        scores = response_scores(engine, batch.sequences, batch.attention_mask)
         found.append(scores.view(-1, len(some)).T)
     engine.train()
     mine, ordered = torch.cat(found), np.empty((count, found[0].shape[1]))
