@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -101,6 +102,14 @@ def _rows(path: Path, column: str) -> list[str]:
     return [row[column] for row in rows]
 
 
+def _reason(said: str) -> str:
+    """The last error for users among what ranks printed, without its traceback; the end of it all where there is none.
+    """
+    said = re.sub(r"^\[rank\d+\]:? ?", "", said, flags=re.MULTILINE)
+    errors = re.findall(r"^dschat_kit\.\w+\.(?:ConfigError|RunError): (.*(?:\n  .*)*)", said, flags=re.MULTILINE)
+    return errors[-1] if errors else said[-3000:].strip()
+
+
 def _launch(spec: dict, ranks: int) -> dict:
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -112,6 +121,6 @@ def _launch(spec: dict, ranks: int) -> dict:
         probe.close()
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not path.with_suffix(".result").exists():
-            said = (done.stdout + done.stderr)[-3000:]
-            raise RunError(f"the measurement ended with exit code {done.returncode}\n{said}")
+            raise RunError(f"the measurement ended with exit code {done.returncode}\n"
+                           f"  {_reason(done.stdout + done.stderr)}")
         return read_json(path.with_suffix(".result"))

@@ -42,7 +42,7 @@ class ChatSession:
                 return cls(run.model_dir, **{"max_new_tokens": run.pipeline.sampling.max_new_tokens} | options)
         stages = " or ".join(run.stage for run in runs)
         raise RunError(f"{Path(run_root).absolute()} has no exported model of {stages}\n"
-                       f"  change: dschat run --run-root '{run_root}', or name another run")
+                       f"  change: `dschat {stage or 'run'} --run-root '{run_root}'`, or name another run")
 
     def ask(self, text: str, *, temperature: float = 0.0, seed: int = 0) -> str:
         """One answer, without the dialogue so far."""
@@ -160,8 +160,8 @@ def talk(run_root: Path, stage: str | None, questions: list[str] | None) -> int:
     """`dschat chat`: answer `questions` and leave, or a dialogue until an empty line or the end of input."""
     session = ChatSession.open(run_root, stage)
     for question in questions if questions is not None else _lines():
-        for piece in session.stream(question, remember=questions is None):
-            print(piece, end="", flush=True)
+        for place, piece in enumerate(session.stream(question, remember=questions is None)):
+            print(piece if place else piece.lstrip(), end="", flush=True)
         print(flush=True)
     return 0
 

@@ -115,6 +115,7 @@ def _configuration_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args) -> int:
+    from dschat_kit.notebook.diagnosis import run_checks
     from dschat_kit.notebook.execute import run_chain
     from dschat_kit.notebook.stage import check, configuration
     preset, root, pipeline = configuration(args.preset, args.run_root, args.overrides)
@@ -122,11 +123,15 @@ def _run(args) -> int:
     base = flat(get_preset(preset).to_dict())  # the notebooks get what differs from the preset
     overrides = [f"{path}={value if isinstance(value, str) else json.dumps(value)}"
                  for path, value in flat(pipeline.to_dict()).items() if value != base[path]]
-    return run_chain(preset=preset, run_root=root, overrides=overrides, from_stage=args.from_stage,
+    code = run_chain(preset=preset, run_root=root, overrides=overrides, from_stage=args.from_stage,
                      num_gpus=args.num_gpus or 0, resume=args.resume, fresh=args.fresh)
+    if code == 0 and (wrong := [check.name for check in run_checks(root) if check.state != "ok"]):
+        print(f"doctor: look at {', '.join(wrong)} with `dschat doctor '{root}'`")
+    return code
 
 
 def _stage(args) -> int:
+    from dschat_kit.notebook.execute import headline
     from dschat_kit.notebook.launch import launch
     from dschat_kit.notebook.stage import begin, configuration
     begun = begin(args.name, *configuration(args.preset, args.run_root, args.overrides), resume=args.resume,
@@ -135,7 +140,10 @@ def _stage(args) -> int:
         print(f"{args.name}: finished before in {begun.run.path}")
         return 0
     print("$ " + " ".join(begun.command))
-    return launch(begun.command)
+    code = launch(begun.command)
+    if code == 0 and (found := headline(begun.run.root, args.name)):
+        print(f"{args.name}: {found}")
+    return code
 
 
 def _chat(args) -> int:

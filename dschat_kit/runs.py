@@ -211,8 +211,8 @@ def stage_hash(pipeline: Pipeline, stage: str) -> str:
             with open(file, "rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
         except OSError as error:
-            raise RunError(f"data.sources: {file} cannot be read: {error.strerror}\n"
-                           "  change: the file's permissions, or --set data.sources=PATH") from error
+            raise RunError(f"data.{'module' if file == module else 'sources'}: {file} cannot be read: "
+                           f"{error.strerror}\n  change: the file's permissions, or that setting") from error
     return digest.hexdigest()[:16]
 
 

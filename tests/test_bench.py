@@ -10,6 +10,7 @@ from tiny_models import causal_lm, folder
 
 from dschat_kit import bench
 from dschat_kit.cli import main
+from dschat_kit.config import ConfigError
 from dschat_kit.train.bench import Work, load_model, peak_anon_mb
 from dschat_kit.train.telemetry import weights_of
 
@@ -73,6 +74,21 @@ def test_bad_flags_are_said(flags, words, capsys, tmp_path):
 def test_what_an_iteration_has_no_peer_or_no_meaning_for_is_said(flags, words, capsys):
     assert main(["bench", "ppo", *flags]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_shape_that_is_none_and_rows_beyond_the_positions_are_said():
+    with pytest.raises(ConfigError, match="got random:opt-126m\n  expected: .*opt-125m, llama"):
+        load_model("random:opt-126m", "fp32")
+    with pytest.raises(ConfigError, match="got 9 [+] 2100\n  expected: at most 2048 together"):
+        work(new_tokens=2100)
+
+
+def test_what_a_rank_says_to_users_is_said_without_its_traceback():
+    said = bench._reason("[rank0]: Traceback (most recent call last):\n[rank0]:   File \"x.py\", line 1\n"
+                         "[rank0]: dschat_kit.config.ConfigError: /nope: no model\n[rank0]:   expected: a folder\n"
+                         "[rank0]:   change:   the name\n[2026-11-30 06:00:00] [INFO] killing\n")
+    assert said == "/nope: no model\n  expected: a folder\n  change:   the name"
+    assert bench._reason("\n".join(map(str, range(2000)))).endswith("1998\n1999")
 
 
 def test_a_penalty_in_the_models_folder_is_nobodys(tmp_path):

@@ -66,3 +66,5 @@ def test_a_question_that_cannot_be_answered_is_said(session, question):
 def test_a_run_without_a_model_is_named(tmp_path):
     with pytest.raises(RunError, match="no exported model of ppo or dpo or sft"):
         ChatSession.open(tmp_path)
+    with pytest.raises(RunError, match="change: `dschat dpo --run-root"):
+        ChatSession.open(tmp_path, "dpo")

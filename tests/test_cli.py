@@ -52,6 +52,7 @@ def launched(monkeypatch):
     (["run", "--num-gpus", "999"], "the cores of this machine"),
     (["run", "--set", "data.sources=missing.jsonl"], "missing.jsonl does not exist"),
     (["data", "--set", "data.sources=/proc/self/mem"], "/proc/self/mem cannot be read"),
+    (["data", "--set", "data.module=none.py", "data.sources=x"], "data.module: "),
     (["reward"], "reward needs a finished sft stage"),
     (["ppo"], "ppo needs a finished sft stage"),
 ])
@@ -100,6 +101,20 @@ def test_a_stage_starts_the_command_that_its_notebook_shows(tmp_path, capsys, la
     command = ["deepspeed", "--num_gpus", "1", "--module", "dschat_kit.train.sft", "--run", path]
     assert launched == [command] and "$ " + " ".join(command) in capsys.readouterr().out
     assert open_run(tmp_path, "sft").pipeline.sft.max_steps == 3
+
+
+def test_what_a_stage_reached_is_said_at_its_end(tmp_path, capsys, monkeypatch):
+    result = {"score_before": 0, "score_after": 1, "kl": 2, "gold_before": 0.5, "gold_after": 0.75}
+    monkeypatch.setattr(launch, "launch", lambda argv: write_json(tmp_path / "dpo" / "result.json", result) or 0)
+    finished(tmp_path, "data", "sft", "reward")
+    assert cli.main(["dpo", "--run-root", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith("dpo: score 0.00 -> 1.00, KL 2.000, gold 0.50 -> 0.75\n")
+
+
+def test_a_chain_that_has_ended_says_what_the_doctor_would(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(execute, "run_chain", lambda **how: finished(tmp_path, "data", "sft") or 0)
+    assert cli.main(["run", "--run-root", str(tmp_path)]) == 0
+    assert f"doctor: look at data, sft, reward, ppo, chat with `dschat doctor '{tmp_path}'`" in capsys.readouterr().out
 
 
 def test_a_finished_stage_is_shown_and_a_changed_one_refused(tmp_path, capsys, launched):

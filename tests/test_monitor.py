@@ -100,6 +100,18 @@ def test_watch_text_says_failed_and_refuses_a_missing_folder(tmp_path):
         watch_text(tmp_path / "none")
 
 
+def test_watching_the_folder_of_several_runs_is_refused_and_waiting_is_said(tmp_path):
+    (tmp_path / "one" / "sft").mkdir(parents=True)
+    (tmp_path / "one" / "sft" / "config.json").write_text("{}")
+    with pytest.raises(RunError, match="holds runs: one\n(.|\n)*dschat watch .*one"):
+        watch_text(tmp_path)
+    set_status(tmp_path / "one" / "sft", "finished", 4)
+    stream, timer = io.StringIO(), threading.Timer(0.3, lambda: set_status(tmp_path / "one" / "chat", "finished", 1))
+    timer.start()
+    assert watch_text(tmp_path / "one", stream, every=0.05) == 0
+    assert "finished; waiting for what comes next, Ctrl-C ends" in stream.getvalue()
+
+
 def test_a_terminal_line_is_redrawn_and_fits(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):

@@ -37,6 +37,13 @@ def test_a_stage_that_has_written_nothing_is_no_error(tmp_path, name, stage):
     assert "nothing yet" in words and bundle(figure)
 
 
+def test_a_reward_that_nobody_knows_is_not_waited_for(tmp_path):
+    (tmp_path / "ppo").mkdir()
+    (tmp_path / "ppo" / "result.json").write_text('{"score_after": 1.0}')
+    axes, = plots.gold_parts(tmp_path / "ppo").axes
+    assert [text.get_text() for text in axes.texts] == ["the true reward of this data is not known"]
+
+
 def test_curves_are_the_metrics(root):
     rows = read_metrics(root / "ppo/metrics.jsonl")
     axes = plots.ppo_curves(root / "ppo").axes

@@ -7,6 +7,7 @@ import math
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,7 +28,7 @@ from dschat_kit.rlhf import rollout
 from dschat_kit.rlhf.rewards import compute_rewards, kl_estimates
 from dschat_kit.rlhf.rollout import Roles
 from dschat_kit.rlhf.worlds import World, WorldReward, kl_gradients, reached
-from dschat_kit.runs import StageRun, write_json
+from dschat_kit.runs import RunError, StageRun, write_json
 from dschat_kit.train import exact, rank
 from dschat_kit.train import ppo as program
 from dschat_kit.train.session import Session
@@ -320,6 +321,8 @@ def test_a_world_that_is_none_is_refused(options):
     if detect().devices < 256:
         with pytest.raises(ConfigError, match="--ranks: got 256(.|\n)*change:   --ranks [0-9]+$"):
             verify.launch_cases(verify.plan(), ranks=256)
+    with pytest.raises(RunError, match="cannot write /proc/nothing"):  # before anything is trained
+        verify.launch_cases(verify.plan(), export=Path("/proc/nothing"))
 
 
 def test_slopes_and_failures_tell_wrong_numbers():

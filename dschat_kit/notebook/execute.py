@@ -21,7 +21,8 @@ HEADLINES = {"data": "{training_rows} training rows",
              "reward": "accuracy {accuracy:.3f} ({accuracy_interval[0]:.3f} to {accuracy_interval[1]:.3f})",
              "ppo": "score {score_before:.2f} -> {score_after:.2f}, KL {kl:.3f}",
              "gold": ", gold {gold_before:.2f} -> {gold_after:.2f}"}
-"""The figure a reader looks for first in a stage's result.json; that of the toy world follows PPO's."""
+HEADLINES["dpo"] = HEADLINES["ppo"]
+"""The figure a reader looks for first in a stage's result.json; that of the toy world follows PPO's and DPO's."""
 TAG = "DSCHAT_CHAIN_TAG"
 
 
@@ -157,7 +158,7 @@ def headline(root: Path, stage: str) -> str:
         return ""
     result = open_run(root, stage).result
     rows = sum(count for by in result.get("rows", {}).values() for part, count in by.items() if part[-4:] != "eval")
-    gold = stage == "ppo" and result.get("gold_before") is not None
+    gold = stage in ("dpo", "ppo") and result.get("gold_before") is not None
     return (HEADLINES[stage] + HEADLINES["gold"] * gold).format(**result, training_rows=rows)
 
 

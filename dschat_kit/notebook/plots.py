@@ -135,9 +135,11 @@ def chain_overview(root: str | Path) -> Figure:
 def gold_parts(run) -> Figure:
     """Toy world: the parts of the known reward before and after PPO, means over held-out prompts."""
     figure, (axes,) = _figure(1)
-    before, after = (result_of(run).get(f"gold_parts_{phase}") for phase in ("before", "after"))
+    result = result_of(run)
+    before, after = (result.get(f"gold_parts_{phase}") for phase in ("before", "after"))
     if not before or not after:
-        return named(empty(figure, axes), "Gold reward: no result yet")
+        words = "the true reward of this data is not known" if result else "nothing yet"
+        return named(empty(figure, axes, words=words), f"Gold reward: {words}")
     drawn = axes.grouped_bar({"before PPO": list(before.values()), "after PPO": [after[part] for part in before]},
                              tick_labels=[part.replace("_", " ") for part in before], colors=[GREY, GREEN],
                              group_spacing=0.5, edgecolor="white")
@@ -200,10 +202,10 @@ def _figure(columns: int, lines: int = 1, widths=None):
     return figure, list(axes.flat)
 
 
-def empty(figure: Figure, *axes) -> Figure:
-    """The figure, whose axes say that there is nothing so far."""
+def empty(figure: Figure, *axes, words: str = "nothing yet") -> Figure:
+    """The figure, whose axes say that there is nothing so far, or why there will be nothing."""
     for one in axes:
-        one.text(0.5, 0.5, "nothing yet", ha="center", va="center", transform=one.transAxes, color=GREY)
+        one.text(0.5, 0.5, words, ha="center", va="center", transform=one.transAxes, color=GREY)
     return figure
 
 

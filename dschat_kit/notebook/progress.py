@@ -128,6 +128,10 @@ def watch_text(path: str | Path, stream=None, every: float = 1.0) -> int:
     if not Path(path).is_dir():
         raise RunError(f"watch: got {str(path)!r}, which is no folder\n  expected: a run folder such as runs/tiny, "
                        "or a stage folder in it")
+    if inside := sorted(place.parent.parent.name for place in Path(path).glob("*/*/config.json")
+                        if place.parent.name in STAGES):
+        raise RunError(f"watch: got {str(path)!r}, which holds runs: {', '.join(dict.fromkeys(inside))}\n"
+                       f"  expected: one of them\n  change:   dschat watch {Path(path) / inside[0]}")
     follow, line = Follow(path), Line(stream or sys.stdout)
     try:
         while True:
@@ -136,7 +140,9 @@ def watch_text(path: str | Path, stream=None, every: float = 1.0) -> int:
             if follow.over:
                 line.end(text)
                 return 0 if look.state == "finished" else 1
-            line.show(text, f"{bar(look.fraction)} {look.stage}")
+            idle = look.state in ("finished", "failed", "interrupted")
+            line.show(text + "; waiting for what comes next, Ctrl-C ends" * idle,
+                      f"{bar(look.fraction)} {look.stage}")
             time.sleep(every)
     except KeyboardInterrupt:
         line.end("no longer watching; the training goes on")

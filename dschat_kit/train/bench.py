@@ -31,6 +31,7 @@ from dschat_kit.engine.rollout_types import KitRequest, KitSampling
 from dschat_kit.machine import PeakMemory, give_back_freed_memory
 from dschat_kit.models.loading import DTYPES, load_config
 from dschat_kit.runs import write_json
+from dschat_kit.sections import error
 from dschat_kit.train.rank import start_distributed
 from dschat_kit.train.telemetry import forward_flop, matmul_peak, weights_of
 
@@ -61,7 +62,10 @@ def load_model(name: str, dtype: str, auto_class=AutoModelForCausalLM, **changes
         model = auto_class.from_pretrained(name, config=config, dtype=DTYPES[dtype]).eval()
         model.generation_config = GenerationConfig()  # a folder's own may hold penalties that only the peers pay
         return model
-    architecture, shape = SHAPES[name.removeprefix("random:")]
+    if (kind := name.removeprefix("random:")) not in SHAPES:
+        raise error("--model", name, f"a folder, a Hub name, or random: with one of {', '.join(SHAPES)}",
+                    "--model random:opt-125m")
+    architecture, shape = SHAPES[kind]
     off = dict.fromkeys(("dropout", "attention_dropout", "hidden_dropout", "activation_dropout"), 0.0)
     config = AutoConfig.for_model(architecture, **shape, **off, **changes, pad_token_id=0, eos_token_id=1,
                                   bos_token_id=1)
@@ -80,6 +84,10 @@ class Work:
         if ids:
             chosen = [ids[int(i)][-spec["prompt_tokens"]:] for i in rng.integers(len(ids), size=B)]
             widths = [len(row) for row in chosen]
+        limit = getattr(config, "max_position_embeddings", None) or 10**9
+        if max(widths) + new > limit:
+            raise error("--prompt-tokens and --new-tokens", f"{max(widths)} + {new}",
+                        f"at most {limit} together, the model's positions", "--prompt-tokens 64 --new-tokens 64")
         self.prompts = torch.full((B, max(widths)), self.pad, device=device)
         self.mask = torch.zeros(self.prompts.shape, dtype=torch.bool, device=device)
         for row, width in enumerate(widths):
