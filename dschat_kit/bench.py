@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--live-parameters", type=int, metavar="N", help="ZeRO-3: parameters kept gathered (DeepSpeed's default)")
     option("--engines", default=",".join(ENGINES), metavar="LIST")
     option("--repeats", type=int, default=5, metavar="N", help="timed rounds; the median counts")
-    option("--json", action="store_true", help="on one line")
+    option("--json", action="store_true", help="one JSON object on standard output")
 
 
 def run(args) -> int:
@@ -44,7 +44,8 @@ def run(args) -> int:
     engines = [name for name in args.engines.split(",") if name]
     if not engines or set(engines) - set(ENGINES):
         raise error("--engines", repr(args.engines), f"some of {','.join(ENGINES)}", "--engines kit,hf")
-    if args.kind == "ppo" and not {"kit", "hf"} & set(engines):
+    engines = [name for name in engines if args.kind != "ppo" or name in ("kit", "hf")]
+    if not engines:
         raise error("--engines", repr(args.engines), "kit or hf, whose iterations can be compared", "--engines kit,hf")
     if args.live_parameters is not None and (args.kind == "ppo" or args.zero < 3):
         raise error("--live-parameters", f"{args.live_parameters} with {args.kind} --zero {args.zero}",
@@ -59,6 +60,8 @@ def run(args) -> int:
     machine.check_ranks(args.ranks, "--ranks")
     args.dtype = spec["dtype"] = machine.dtype if args.dtype == "auto" else args.dtype
     spec |= {"what": args.kind, "engines": engines, "seed": 0, **_texts(args)}
+    print(f"bench {args.kind}: {', '.join(engines)} take turns, {args.repeats} rounds after a warm-up; a large model "
+          "takes minutes", file=sys.stderr)
     result = _launch(spec, args.ranks)
     every = {name: result["engines"].get(name) for name in ENGINES}
     ours = every["kit"]
@@ -66,8 +69,22 @@ def run(args) -> int:
               if ours and every[name] else None for name in ENGINES[1:]}
     result = {**result, "engines": every, **ratios, "tokenizer": spec.get("tokenizer"),
               "command": {**vars(args), "command": None}, "load": os.getloadavg()[0]}
-    print(json.dumps(result, default=str, indent=None if args.json else 2))
+    print(json.dumps(result, default=str) if args.json else table(result))
     return 0
+
+
+def table(result: dict) -> str:
+    """The result for a reader; --json has all of it."""
+    lines = [f"{'engine':<12}{'tokens/s':>10}{'seconds':>10}{'peak MB':>10}  kit is so many times as fast"]
+    for name, row in result["engines"].items():
+        if row:
+            ratio = result.get(f"ratio_to_{name}")
+            lines.append(f"{name:<12}{row['tokens_per_second']:>10.1f}{row['seconds']:>10.2f}{row['peak_anon_mb']:>10.0f}"
+                         + (f"  {ratio:.2f}" if ratio else ""))
+    if share := result["roofline"].get("share_of_matrix_peak"):
+        lines.append(f"kit: {share:.0%} of the matrix peak, path {result['path']} ({result['reason']})")
+    same = {True: "the same as", False: "OTHERS than", None: "not compared with"}[result["identical_greedy_tokens"]]
+    return "\n".join([*lines, f"greedy tokens in fp32: {same} plain transformers'"])
 
 
 def _texts(args) -> dict:

@@ -91,6 +91,16 @@ def test_what_a_rank_says_to_users_is_said_without_its_traceback():
     assert bench._reason("\n".join(map(str, range(2000)))).endswith("1998\n1999")
 
 
+def test_a_reader_gets_a_table():
+    row = {"tokens_per_second": 20.0, "seconds": 1.0, "peak_anon_mb": 5.0}
+    said = bench.table({"engines": {"kit": row, "hf": {**row, "tokens_per_second": 10.0}, "hf_default": None},
+                        "ratio_to_hf": 2.0, "ratio_to_hf_default": None, "roofline": {"share_of_matrix_peak": 0.5},
+                        "path": "slots", "reason": "so", "identical_greedy_tokens": False}).splitlines()
+    assert said[1].split() == ["kit", "20.0", "1.00", "5"] and said[2].split() == ["hf", "10.0", "1.00", "5", "2.00"]
+    assert said[3:] == ["kit: 50% of the matrix peak, path slots (so)",
+                        "greedy tokens in fp32: OTHERS than plain transformers'"]
+
+
 def test_a_penalty_in_the_models_folder_is_nobodys(tmp_path):
     model = causal_lm()
     model.generation_config.repetition_penalty = 5.0
