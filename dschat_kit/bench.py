@@ -14,8 +14,6 @@ from dschat_kit.machine import checkout, detect
 from dschat_kit.runs import RunError, read_json, write_json
 from dschat_kit.sections import error
 
-__all__ = ["add_arguments", "run"]
-
 ENGINES = ("kit", "hf", "hf_default", "deepspeed")
 
 

@@ -13,8 +13,6 @@ from pathlib import Path
 from dschat_kit.machine import dschat
 from dschat_kit.runs import RunError, StageRun, link_stages, open_run, read_json, write_json
 
-__all__ = ["Case", "cases", "make", "plan_best_of_n"]
-
 SIZES = {128: (), 64: ("model.hidden_size=64", "model.intermediate_size=192"),
          32: ("model.hidden_size=32", "model.intermediate_size=96", "model.layers=1")}
 """Reward models by width and how they differ from the policy, which is as the first one."""

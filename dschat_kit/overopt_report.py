@@ -19,8 +19,6 @@ from dschat_kit.overopt import ANSWERS, PPO, PROMPTS, cases
 from dschat_kit.rlhf.overoptimisation import best_of_n, best_of_n_kl, distinct_kl, fit, fitted, turning_point
 from dschat_kit.runs import StageRun, open_run, write_json
 
-__all__ = ["NS", "Sampled", "best_of_n_curves", "line", "report", "study", "summarise"]
-
 NS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Up to a quarter of the answers: KL is taken from their frequencies."""
 DRAWS, GRID = 300, 60

@@ -21,8 +21,6 @@ from dschat_kit.rlhf.overoptimisation import best_of_n_kl
 from dschat_kit.runs import RunError, link_stages, open_run, read_json, write_json
 from dschat_kit.sections import error
 
-__all__ = ["ARMS", "interval", "read_row", "report", "run_study"]
-
 ARMS = {
     "gae": ("ppo", ["ppo.ema_decay=0.95"], "PPO as the preset has it"),  # 0.992 is longer than the 96 optimiser steps
     "ptx": ("ppo", ["ppo.ptx_coef=0.5"], "PPO with mixture training"),

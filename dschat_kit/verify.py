@@ -20,9 +20,6 @@ from dschat_kit.notebook.tables import grid, named
 from dschat_kit.runs import RunError, cannot, read_json, write_json
 from dschat_kit.sections import error
 
-__all__ = ["METHODS", "compare", "failures", "figure", "gradient_figure", "launch_cases", "line", "plan",
-           "slope_errors", "table"]
-
 BETAS = (0.1, 0.5, 1.0, 2.0)
 METHODS = ("gae", "rloo", "grpo", "reinforce", "dpo", "grpo k3", "best of 2", "best of 4", "best of 16", "best of 64")
 ANSWERS = 2 ** 17

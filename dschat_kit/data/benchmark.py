@@ -19,8 +19,6 @@ from dschat_kit.data.tokenizer import open_tokenizer, pad_id_of, train_tokenizer
 from dschat_kit.machine import PeakMemory
 from dschat_kit.runs import prepare_stage
 
-__all__ = ["bench_data"]
-
 TOKENS, SOURCES, BATCH = 200, 4, 32
 TINY_VOCABULARY, TOY_TEXTS = 600, 15_000
 PEER_ROWS = 20_000

@@ -17,9 +17,6 @@ from dschat_kit.data.splits import epoch_order
 from dschat_kit.data.store import open_rows
 from dschat_kit.sections import error
 
-__all__ = ["PromptBatch", "SequenceBatch", "StepSampler", "TokenRows", "by_length", "chunks", "packed_sft_batch",
-           "pad_prompts", "preference_batch", "rank_share", "ranked_batch", "sft_batch"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceBatch:

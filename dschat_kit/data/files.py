@@ -14,8 +14,6 @@ from dschat_kit.data.formats import HUB, BadRow
 from dschat_kit.feasible import hub_answers
 from dschat_kit.runs import RunError, held_out, source_files
 
-__all__ = ["DataError", "Rows", "hub_fingerprint", "raw_rows"]
-
 Rows = Iterator[tuple[str, str, object]]
 """(place in words for messages, `eval` or empty, raw row or the BadRow that it is)"""
 LONGEST = 16 * 2**20

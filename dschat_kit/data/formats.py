@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 from dschat_kit.data.prompts import ASSISTANT, HUMAN, Turn, split_dialogue, turns_of
 
-__all__ = ["FORMATS", "HUB", "BadRow", "Format", "Pair", "guess"]
-
 
 class BadRow(ValueError):
     """A row that cannot be used: `reason` is counted, `detail` is shown for the first one."""

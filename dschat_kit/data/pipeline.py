@@ -31,8 +31,6 @@ from dschat_kit.data.store import cached, intact, place, table_writer
 from dschat_kit.data.tokenizer import EOS, PAD, encode, open_tokenizer, train_tokenizer
 from dschat_kit.runs import RunError, StageRun, cannot, read_json, write_json
 
-__all__ = ["build_stage_data", "collect_records", "tokenizer_of", "write_rows", "write_tokens"]
-
 BATCH = 1000
 KINDS = dict(source="h", held="Q", stage="Q", paired="b", text="b", eval="b", margin="d", content="Q")
 

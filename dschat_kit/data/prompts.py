@@ -10,8 +10,6 @@ from collections.abc import Iterable
 
 from dschat_kit.sections import error
 
-__all__ = ["ASSISTANT", "HUMAN", "PromptStyle", "Turn", "dialogue_text", "question_of", "split_dialogue", "turns_of"]
-
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 Turn = tuple[str, str]
 """(role, text); the roles are system, user and assistant"""

@@ -10,8 +10,6 @@ from dschat_kit.config import Data
 from dschat_kit.data.sources import DataError
 from dschat_kit.data.splits import PARTS, blend, epoch_order, parts_of, resolve_weights
 
-__all__ = ["ALL", "SIDES", "Numbers", "account_of", "blend_rows", "filter_rows", "place_rows"]
-
 Numbers = dict[str, np.ndarray]
 """(N,) each: source, held and stage (words of the key), paired, text, eval, margin, content; with the tokens also
 prompt, chosen, rejected (their counts) and cut_prompt, cut_chosen, cut_rejected."""

@@ -19,9 +19,6 @@ from dschat_kit.data.files import LONGEST, DataError, Rows, raw_rows
 from dschat_kit.data.formats import FORMATS, HUB, BadRow, Format, Pair, guess
 from dschat_kit.data.prompts import Turn, dialogue_text
 
-__all__ = ["DataError", "PreferenceRecord", "Skipped", "gold_of", "labels_of", "load_module", "preview", "read_source",
-           "register_source"]
-
 TOY_ROWS = 20_000
 NAMED = {1: "text", 2: "response", 3: "preference"}
 

@@ -4,8 +4,6 @@ import hashlib
 
 import numpy as np
 
-__all__ = ["PARTS", "blend", "epoch_order", "key_words", "part_of", "parts_of", "resolve_weights"]
-
 PARTS = ("sft", "reward", "ppo", "eval")
 
 

@@ -17,8 +17,6 @@ import numpy as np
 
 from dschat_kit.runs import RunError, read_json, write_json
 
-__all__ = ["cached", "intact", "open_rows", "place", "table_writer"]
-
 TEXTS, TOKENS = ("sample_id", "source", "prompt", "chosen", "rejected"), ("prompt_ids", "chosen_ids", "rejected_ids")
 
 

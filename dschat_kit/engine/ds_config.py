@@ -2,8 +2,6 @@
 
 from dschat_kit.config import Zero
 
-__all__ = ["deepspeed_config", "optimizer_device"]
-
 BUCKET = 50_000_000
 """Elements that are reduced or gathered at a time; DeepSpeed's default reserves 2 GB for them. At ZeRO-3 also all that
 are gathered ahead or kept for their next use: DeepSpeed's 10^9 are the whole of a smaller model on every rank."""

@@ -17,8 +17,6 @@ from dschat_kit.engine.zero import owned_parts
 from dschat_kit.models.lora import ACTOR
 from dschat_kit.runs import RunError
 
-__all__ = ["Ema"]
-
 
 class Ema:
     """The average of what `engine` trains (of a shared model: what the actor does). Saved and loaded by the name and

@@ -10,8 +10,6 @@ from torch import nn
 from dschat_kit.config import Pipeline
 from dschat_kit.engine.ds_config import deepspeed_config, optimizer_device
 
-__all__ = ["build_engine", "freeze", "grad_norm", "learning_rate", "set_learning_rate"]
-
 
 def build_engine(model: nn.Module, pipeline: Pipeline, *, lr: float, batch_size: int, micro_batch_size: int,
                  world_size: int, grad_clip: float, weight_decay: float = 0.0, eps: float = 1e-8,

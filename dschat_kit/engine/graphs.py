@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from dschat_kit.engine.attention import KVSlots
 from dschat_kit.engine.decode import Slots
 
-__all__ = ["GraphedSlots"]
-
 LEAST = 64
 """Columns that the smallest graph reads."""
 

@@ -12,8 +12,6 @@ from dschat_kit.engine.parity import TOLERANCE
 from dschat_kit.engine.rollout_types import KitRequest
 from dschat_kit.runs import RunError
 
-__all__ = ["Streamed"]
-
 
 class Streamed:
     """What the decode loop calls in place of a replica, as a context. Gathering is collective, so before each forward

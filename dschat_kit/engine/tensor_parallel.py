@@ -16,8 +16,6 @@ from dschat_kit.engine.rollout_types import KitBatch, KitRequest
 from dschat_kit.feasible import check_split
 from dschat_kit.runs import RunError
 
-__all__ = ["SummedLinear", "TensorParallel"]
-
 SECOND = ("o_proj", "out_proj", "down_proj", "fc2")
 
 

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from dschat_kit.config import Pipeline
 from dschat_kit.engine.engines import frozen_config
 
-__all__ = ["clear_gradients", "full_state_dict", "gathered", "owned_parts", "sharded_loading", "whole_layers"]
-
 LAYER = re.compile(r".*?\.\d+\.|.*?(?=\.base_layer\.|\.lora_|\.[^.]+$)|.*")
 """What names of one layer begin with; outside of the layers, those of one module and its adapters."""
 

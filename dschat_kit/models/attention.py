@@ -16,8 +16,6 @@ from transformers.masking_utils import sdpa_mask
 
 from dschat_kit.machine import detect
 
-__all__ = ["FAMILIES", "causal_attention", "faster_as_products", "take_products"]
-
 FAMILIES = ("opt", "gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma")
 """Model types whose attention is nothing but softmax(QK)V, causal or with a sliding window (then they pass a mask), and
 goes through transformers' attention interface."""

@@ -16,9 +16,6 @@ from dschat_kit.config import ConfigError, Model
 from dschat_kit.data.tokenizer import pad_id_of
 from dschat_kit.models.attention import take_products
 
-__all__ = ["DTYPES", "accepts", "can_pack", "check_length", "left_aligned", "load_causal_lm", "load_config",
-           "load_pretrained", "model_inputs", "quiet_loading", "response_columns"]
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CAUSAL = ("ForCausalLM", "LMHeadModel")
 

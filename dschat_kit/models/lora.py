@@ -12,9 +12,6 @@ from torch import Tensor, nn
 
 from dschat_kit.config import ConfigError, Lora
 
-__all__ = ["ACTOR", "adapted_layers", "add_adapters", "merge_adapters", "merged_weight", "save_adapter",
-           "use_adapters"]
-
 ACTOR = "default"
 """peft's name of a model's first adapter."""
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

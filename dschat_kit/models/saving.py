@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from dschat_kit.models.loading import quiet_loading
 from dschat_kit.runs import RunError, write_json
 
-__all__ = ["save_folder"]
-
 SHARD_BYTES = 2 * 10**9
 """Weights that are held, and stand in one file, at most, where no single layer has more."""
 

@@ -13,8 +13,6 @@ from matplotlib.figure import Figure
 from dschat_kit.notebook.plots import BLUE, GREEN, GREY, ORANGE, PINK, empty, result_of
 from dschat_kit.notebook.tables import grid, named
 
-__all__ = ["FIGURES", "METHODS", "coefficient_figure", "curve_figure", "reward_quality", "size_figure", "squared"]
-
 
 def reward_quality(run) -> Figure:
     """Calibration (predicted against observed win rate of the answer that scores higher) and accuracy by how much

@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["dpo_loss", "policy_loss", "preference_loss", "sft_loss", "value_loss"]
-
 
 def sft_loss(logprobs: Tensor, tokens: float | Tensor) -> tuple[Tensor, dict]:
     """Cross-entropy of response tokens from their log-probabilities (any shape)."""

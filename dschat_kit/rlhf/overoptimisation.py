@@ -9,8 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["best_of_n", "best_of_n_kl", "distinct_kl", "fit", "fitted", "turning_point"]
-
 SHAPES = {"best-of-n": lambda d: d, "ppo": lambda d: np.log(np.maximum(d, 1e-9))}
 """gold = d (alpha - beta shape(d)), section 3.1; 0 at d = 0."""
 

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from dschat_kit.rlhf.rewards import kl_estimates
 
-__all__ = ["World", "WorldReward", "best_of_n", "kl_gradients", "reached"]
-
 
 @dataclass(frozen=True)
 class World:

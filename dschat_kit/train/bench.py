@@ -35,8 +35,6 @@ from dschat_kit.sections import error
 from dschat_kit.train.rank import start_distributed
 from dschat_kit.train.telemetry import forward_flop, matmul_peak, weights_of
 
-__all__ = ["Work", "engines_of", "fastest", "load_model", "main", "peak_anon_mb", "roofline"]
-
 SHAPES = {
     "opt-125m": ("opt", dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, ffn_dim=3072,
                              word_embed_proj_dim=768, vocab_size=50272)),

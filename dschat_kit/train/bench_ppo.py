@@ -29,8 +29,6 @@ from dschat_kit.train.session import Session
 from dschat_kit.train.telemetry import weights_of
 from dschat_kit.train.watch import Watch
 
-__all__ = ["ppo"]
-
 PHASES, LR = ("generation", "scoring", "training"), 1e-6
 
 

@@ -19,8 +19,6 @@ from dschat_kit.train.rank import main
 from dschat_kit.train.roles import load_policy, rollout_engine
 from dschat_kit.train.session import Session
 
-__all__ = ["sample"]
-
 PROMPTS = 4
 """Prompts of one step."""
 

@@ -6,8 +6,6 @@ from pathlib import Path
 from dschat_kit.config import Pipeline
 from dschat_kit.runs import StageRun
 
-__all__ = ["model_card"]
-
 TITLES = {"sft": "supervised fine-tuning", "reward": "a reward model", "dpo": "direct preference optimisation",
           "ppo": "PPO"}
 USE = {"reward": "Score of a response: `(logit - config.score_shift) * config.score_scale` of "

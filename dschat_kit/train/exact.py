@@ -34,8 +34,6 @@ from dschat_kit.train.ppo_metrics import Clock
 from dschat_kit.train.rank import main
 from dschat_kit.train.session import Session
 
-__all__ = ["Case", "gradient_error", "solve", "verify"]
-
 
 @dataclass(frozen=True)
 class Case:

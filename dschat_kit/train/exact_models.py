@@ -15,8 +15,6 @@ from dschat_kit.rlhf.rewards import kl_estimates
 from dschat_kit.rlhf.worlds import World
 from dschat_kit.runs import RunError, write_json
 
-__all__ = ["ROWS", "answer_logprobs", "export", "fit_reference", "kl_figures", "scalar_copy"]
-
 ROWS = 8192
 """Enumerated answers of one forward pass."""
 

@@ -19,8 +19,6 @@ from dschat_kit.train.rank import main
 from dschat_kit.train.roles import load_policy, load_reward, rollout_engine
 from dschat_kit.train.session import Session
 
-__all__ = ["best_answers", "judge"]
-
 
 def judge(session: Session) -> dict:
     """The means of every case, one for each n of its `best_of`."""

@@ -13,8 +13,6 @@ from dschat_kit.rlhf.rollout import Roles, Scored
 from dschat_kit.train.prompts import reused
 from dschat_kit.train.telemetry import forward_flop, peak_memory_mb
 
-__all__ = ["Clock", "add_metrics", "over_ranks", "rollout_metrics", "summary", "work_of"]
-
 
 class Clock:
     """Seconds of the parts of an iteration, and the peak memory of each in MB."""

@@ -26,9 +26,6 @@ from dschat_kit.rlhf.rollout import Roles, Scored, score_responses
 from dschat_kit.runs import open_run, read_json
 from dschat_kit.train import sft
 
-__all__ = ["Prompts", "PromptFeed", "TextFeed", "answer", "averages", "evaluate", "reference_gap", "reused",
-           "sample_lines", "sampling_of", "text_rows"]
-
 
 @dataclass(frozen=True)
 class Prompts:

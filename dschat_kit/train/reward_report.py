@@ -9,8 +9,6 @@ import numpy as np
 from dschat_kit.data.datasets import TokenRows
 from dschat_kit.data.sources import gold_of
 
-__all__ = ["accuracy_of", "calibration", "report", "wilson"]
-
 Z = 1.959964
 """Of a 95 % interval."""
 

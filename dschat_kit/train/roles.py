@@ -16,8 +16,6 @@ from dschat_kit.models.scalar_model import ScalarModel, load_scalar_model
 from dschat_kit.runs import open_run
 from dschat_kit.train.session import Session
 
-__all__ = ["load_policy", "load_reward", "reference", "rollout_engine"]
-
 
 def load_policy(session: Session, tokenizer, folder: Path | None = None) -> PreTrainedModel:
     """The model that SFT exported, or that of another folder; at ZeRO-3 sharded while it loads."""

@@ -31,8 +31,6 @@ from dschat_kit.train.card import model_card
 from dschat_kit.train.telemetry import Mirror, forward_flop, matmul_peak, peak_memory_mb
 from dschat_kit.train.watch import Stopped, Watch
 
-__all__ = ["Session"]
-
 
 class Session:
     """One rank of one stage, from `config.json` to `result.json`."""

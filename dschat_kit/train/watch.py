@@ -9,8 +9,6 @@ import threading
 import time
 from collections.abc import Callable
 
-__all__ = ["Hanging", "Interrupted", "Stopped", "Watch"]
-
 
 class Interrupted(BaseException):
     """SIGTERM or SIGINT; a BaseException so that nothing on the way swallows it."""
