@@ -48,10 +48,10 @@ def test_pairs_are_two_halves_with_the_same_prompts():
 
 
 def test_prompts_are_padded_on_the_left_and_keep_who_they_are():
-    batch = pad_prompts(ROWS, torch.tensor([40, 7]), PAD)
+    batch = pad_prompts(ROWS, PAD)
     assert batch.prompt_ids.tolist() == [[1, 2, 3], [PAD, PAD, 1]]
     assert batch.attention_mask.tolist() == [[True] * 3, [False, False, True]]
-    assert (batch.row_ids, batch.sample_ids, batch.prompts) == ([40, 7], ["a", "b"], ["p", "q"])
+    assert (batch.sample_ids, batch.prompts) == (["a", "b"], ["p", "q"])
 
 
 lengths = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5)

@@ -12,7 +12,7 @@ from tiny_models import SHAPES, VOCABULARY, causal_lm, tokenizer
 
 from dschat_kit.engine import attention
 from dschat_kit.engine.attention import ATTENTION, FAMILIES, KVSlots, take_slots
-from dschat_kit.engine.decode import Plain, Slots, decode
+from dschat_kit.engine.decode import Plain, Slots, _Responses, decode
 from dschat_kit.engine.graphs import GraphedSlots
 from dschat_kit.engine.rollout_types import KitRequest, KitSampling
 from dschat_kit.engine.sampling import row_uniforms, sample_tokens
@@ -235,6 +235,13 @@ def test_rows_of_a_given_length_end_there_and_nowhere_else():
         batch = run(causal_lm(), asked, path=path)
         assert batch.response_mask.sum(1).tolist() == lengths.tolist() and batch.finished.all()
         assert all(row[-1] == 1 and 1 not in row[:-1] for row in responses(batch))
+
+
+def test_given_lengths_hold_in_fp16():
+    """Whose smallest number is -65504."""
+    said = _Responses(replace(request(), row_lengths=torch.tensor([2, 1, 2, 2])), SAMPLING)
+    assert said.take([0, 1, 2, 3], torch.zeros(4, 300, dtype=torch.float16)) == [1]
+    assert torch.isfinite(said.entropy).all() and said.tokens[1, 0] == 1 and (said.tokens[[0, 2, 3], 0] != 1).all()
 
 
 def test_a_model_without_finite_logits_is_named():

@@ -19,14 +19,14 @@ class Rows:
         return self.count
 
     def take(self, indices) -> list[dict]:
-        return [{"prompt_ids": [1] * (1 + i % 3), "sample_id": f"s{i}", "prompt": self.table["prompt"][i],
+        return [{"prompt_ids": [1] * (1 + i % 3), "sample_id": str(i), "prompt": self.table["prompt"][i],
                  "source": "toy"} for i in indices]
 
 
 def asked(feed_of, step: int, ranks: int) -> list[tuple[int, int]]:
     """(row, seed) of each place of the global batch."""
     parts = [feed_of(SimpleNamespace(world_size=ranks, rank=rank, device="cpu")).at(step) for rank in range(ranks)]
-    rows = [list(zip(part.batch.row_ids, part.request.row_seeds.tolist(), strict=True)) for part in parts]
+    rows = [list(zip(map(int, part.batch.sample_ids), part.request.row_seeds.tolist(), strict=True)) for part in parts]
     return [pair for places in zip(*rows, strict=True) for pair in places]
 
 

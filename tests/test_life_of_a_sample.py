@@ -73,7 +73,7 @@ def test_one_record_is_followed_to_the_end(world, tmp_path):
 
     # batches: what each stage makes of such a row
     sft, pair = sft_batch([row], world.pad_id), preference_batch([row], world.pad_id)
-    prompts = pad_prompts([row], places["ppo"][:1], world.pad_id)
+    prompts = pad_prompts([row], world.pad_id)
     assert sft.response_mask.sum() == len(row["chosen_ids"]) and prompts.sample_ids == [record.sample_id]
     logprobs = sequence_logprobs(world.roles.actor, sft.sequences, sft.attention_mask, sft.response_mask)
     answer_loss, _ = sft_loss(logprobs, sft.response_mask.sum())

@@ -38,7 +38,6 @@ class PromptBatch:
     """Prompts, padded on the left, with what is needed to follow and to seed each row."""
     prompt_ids: Tensor  # (B, P) int64
     attention_mask: Tensor  # (B, P) bool: a real token
-    row_ids: list[int]  # row of the prompt table, one a prompt
     sample_ids: list[str]
     prompts: list[str]
 
@@ -176,11 +175,11 @@ def ranked_batch(rows: list[dict], pad_id: int) -> tuple[SequenceBatch, Tensor]:
             torch.tensor(places))
 
 
-def pad_prompts(rows: list[dict], row_ids, pad_id: int) -> PromptBatch:
+def pad_prompts(rows: list[dict], pad_id: int) -> PromptBatch:
     """Prompts padded on the left, so that every response begins in the same column."""
     ids = [torch.tensor(row["prompt_ids"]) for row in rows]
     return PromptBatch(
-        prompt_ids=pad_sequence(ids, True, pad_id, "left"), row_ids=[int(i) for i in row_ids],
+        prompt_ids=pad_sequence(ids, True, pad_id, "left"),
         attention_mask=pad_sequence([torch.ones(len(p), dtype=torch.bool) for p in ids], True, False, "left"),
         sample_ids=[r["sample_id"] for r in rows], prompts=[r["prompt"] for r in rows])
 

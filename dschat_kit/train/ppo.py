@@ -81,7 +81,7 @@ def train(session: Session) -> dict:
         clock.lap("other")
         row |= {"kl_coef": settings.kl_coef, **learning_rates(settings, step), **state["probe"]}
         row |= clock.row(session, row["tokens"]) | {"matmul_share": session.matmul_share(
-            work_of(roles, batch, settings.ppo_epochs, pipeline.lora.rank > 0), clock.total)[0]}
+            work_of(roles, batch, settings.ppo_epochs, pipeline.lora.rank > 0), clock.total)}
         session.log(step + 1, row, show=("score_mean", "kl", "response_length", "clip_fraction"))
         state["tokens"] += row["tokens"]
         state["seconds"] = {name: value + row[f"seconds_{name}"] for name, value in state["seconds"].items()}

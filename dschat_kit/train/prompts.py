@@ -60,7 +60,7 @@ class PromptFeed:
                 picks[there] = epoch_order(len(self.keep), self.seed, epoch)[picks[there]]
         indices = self.keep[picks]
         some = self.rows.take(indices)
-        batch = pad_prompts(some, indices, self.pad_id)
+        batch = pad_prompts(some, self.pad_id)
         seeds = [(self.seed * 1_000_003 + step * size + place) * 2 + self.unique for place in mine.tolist()]
         request = KitRequest(prompt_ids=batch.prompt_ids.to(self.session.device), row_seeds=torch.tensor(seeds),
                              prompt_attention_mask=batch.attention_mask.to(self.session.device))

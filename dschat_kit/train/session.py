@@ -134,11 +134,10 @@ class Session:
         """Remember the highest peak (MB) of each phase for result.json."""
         self.memory |= {phase: max(peak, self.memory.get(phase, 0.0)) for phase, peak in peaks.items()}
 
-    def matmul_share(self, flop: float, seconds: float, *more: float) -> list[float]:
-        """Share of the matmul peak that all ranks reach together, with `flop` of this rank in its `seconds`; behind it
-        the sums of `more`."""
-        done, possible, *sums = self.sum(flop, self._matmul_peak * seconds, *more)
-        return [done / possible, *sums]
+    def matmul_share(self, flop: float, seconds: float) -> float:
+        """Share of the matmul peak that all ranks reach together, with `flop` of this rank in its `seconds`."""
+        done, possible = self.sum(flop, self._matmul_peak * seconds)
+        return done / possible
 
     @cached_property
     def _matmul_peak(self) -> float:
@@ -156,7 +155,8 @@ class Session:
         gradient, time, memory and share of the matmul peak."""
         seconds, (tokens, answered) = time.perf_counter() - clock, torch.tensor(lengths).unbind(1)
         passes = 2 if self.pipeline.lora.rank else 3
-        share, read = self.matmul_share(passes * forward_flop(engine, tokens, answered), seconds, tokens.sum())
+        share = self.matmul_share(passes * forward_flop(engine, tokens, answered), seconds)
+        read, = self.sum(tokens.sum())
         peak, = self.largest(peak_memory_mb())
         self.keep_memory({"training": peak})
         return {"grad_norm": grad_norm(engine), "seconds": seconds, "tokens_read": read,
