@@ -109,7 +109,7 @@ def _configuration_options(parser: argparse.ArgumentParser) -> None:
     option("--set", dest="overrides", action="extend", nargs="+", default=[], metavar="SECTION.FIELD=VALUE",
            help="change settings, as in --set ppo.kl_coef=0.05 data.sources=my.jsonl:2,other.jsonl:1")
     option("--run-root", type=Path, metavar="DIR", help="the run folder (default: runs/PRESET in the checkout)")
-    option("--num-gpus", type=int, metavar="N", help="ranks (default: every GPU; without GPUs two)")
+    option("--num-gpus", type=int, metavar="N", help="ranks (default, and 0: every GPU; without GPUs two)")
     option("--resume", choices=("auto", "never"), default="never", help="auto goes on with an interrupted stage")
     option("--fresh", action="store_true", help="begin again; what is there is moved aside, not deleted")
 

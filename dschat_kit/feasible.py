@@ -64,8 +64,12 @@ def model_config(model: Model) -> dict:
     if model.name == "scratch":
         return {"model_type": model.architecture, "num_attention_heads": model.heads,
                 "intermediate_size": model.intermediate_size}
-    if (folder := _folder(model.name)) and (folder / "config.json").exists():
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if (folder := _folder(model.name)) and (path := folder / "config.json").exists():
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as problem:
+            raise ConfigError(f"model.name: {path} is damaged: {problem}\n  expected: a model's configuration\n"
+                              "  change:   fetch the model again") from None
     return _from_hub(lambda hub: json.loads(Path(hub.hf_hub_download(model.name, "config.json")).read_text())) or {}
 
 

@@ -200,19 +200,21 @@ def figure(rows: list[dict]):
         by_arm.errorbar(place + 0.3, mean, half, fmt="_", color="black", capsize=3)
         by_kl.plot(kl, gold, "o", color=f"C{place}", alpha=0.6, markersize=4, label=arm)
         by_loss.plot(loss, gold, "o", color=f"C{place}", alpha=0.6, markersize=4, label=arm)
-    before = [row["gold_before"] for row in rows if "gold_before" in row]
-    by_arm.axhline(fmean(before), color="0.5", linestyle=":")
-    by_arm.annotate("SFT model", (len(trained) - 0.5, fmean(before)), ha="right", va="bottom", color="0.4")
+    if begun := [row for row in rows if "gold_before" in row]:  # no run may have ended
+        gold, loss = (fmean(row[name] for row in begun) for name in ("gold_before", "lm_loss_before"))
+        by_arm.axhline(gold, color="0.5", linestyle=":")
+        by_arm.annotate("SFT model", (len(trained) - 0.5, gold), ha="right", va="bottom", color="0.4")
+        by_loss.axvline(loss, color="0.5", linestyle=":")
     by_arm.set_xticks(range(len(trained)), trained, rotation=30)
     best = {n: [row for row in rows if row["arm"] == f"best of {n}"] for n in BEST_OF}
     points = [(some[0]["kl"], *interval([row["gold_after"] for row in some])) for some in best.values() if some]
     if points:
         by_kl.errorbar(*zip(*points, strict=True), fmt="k.--", capsize=2, label="best of n (bound of its KL)")
-    by_loss.axvline(fmean(row["lm_loss_before"] for row in rows if "lm_loss_before" in row), color="0.5", linestyle=":")
     for axes, x, y in ((by_arm, "", "gold after (mean, 95 %)"), (by_kl, "KL to the SFT model (nats)", "gold after"),
                        (by_loss, "LM loss on held-out text (nats; dotted: before)", "gold after")):
         axes.set(xlabel=x, ylabel=y)
-    by_kl.legend(frameon=False, fontsize=8)
+    if points or trained:
+        by_kl.legend(frameon=False, fontsize=8)
     return named(made, "Stage 3 over seeds: " + "; ".join(
         f"{arm} gold {said([row['gold_after'] for row in rows if row['arm'] == arm and 'gold_after' in row])}"
         for arm in trained))

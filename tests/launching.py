@@ -15,7 +15,7 @@ SETTINGS = """data.rows=600 data.eval_rows=48 data.stage_split=1,1,1 model.hidde
     sft.max_steps=20 sft.epochs=9 sft.batch_size=8 sft.micro_batch_size=2 sft.eval_every=20 sft.eval_rows=16
     reward.max_steps=20 reward.epochs=9 reward.batch_size=8 reward.micro_batch_size=2 reward.eval_every=20
     reward.eval_rows=16 dpo.max_steps=20 dpo.epochs=9 dpo.batch_size=8 dpo.micro_batch_size=2 dpo.eval_every=20
-    dpo.eval_rows=16 dpo.eval_prompts=8 ppo.max_steps=2 ppo.rollout_batch_size=16
+    dpo.eval_rows=15 dpo.eval_prompts=8 ppo.max_steps=2 ppo.rollout_batch_size=16
     ppo.mini_batch_size=16 ppo.micro_batch_size=4 ppo.eval_prompts=8 rollout.micro_batch_size=8
     checkpoint.every_steps=0 telemetry.samples=2""".split()
 ROOT = Path(__file__).parents[1]

@@ -66,12 +66,12 @@ def responses(batch):
 
 @pytest.fixture(scope="module", params=[*sorted(SHAPES), *(f"{name} kernel" for name in FAMILIES)])
 def model(request):
-    """A step's attention as products, in memory that grows every few tokens; `kernel`: as on a GPU or with AMX."""
+    """A step's attention as a compiled loop, in memory that grows every few tokens; `kernel`: torch's, as on a GPU."""
     architecture, _, kernel = request.param.partition(" ")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "COLUMNS", 4)
         if kernel:
-            patch.setattr(attention, "_as_products", lambda like: False)
+            patch.setattr(attention, "compiles", lambda like: False)
         yield causal_lm(architecture)
 
 
@@ -207,7 +207,7 @@ def test_prompts_are_computed_once_longest_first_and_places_refilled_at_once():
     assert any(fed[i + 1][2] > 2 * fed[i][1] for i in refilled[:-1])  # beside rows that had not ended
 
 
-def test_more_rows_than_a_tile_and_retired_rows_change_no_token():
+def test_places_that_are_too_few_and_retired_rows_change_no_token():
     model, asked = causal_lm(), request(lengths=[1 + i % 11 for i in range(40)], seed=7)
     few = replace(SAMPLING, stop_token_ids=tuple(range(1, 40)))
     expected = responses(run(model, asked, few, path="plain"))

@@ -111,6 +111,8 @@ def test_two_ranks_with_zero_2_and_3_give_the_losses_and_the_average_of_one_rank
     average_is_right(alone, 0)
     one, two = (read_metrics(place / "dpo" / "metrics.jsonl") for place in (alone / "zero0", tmp_path / "zero3"))
     same(*({name: [row[name] for row in rows] for name in ("loss", "grad_norm")} for rows in (one, two)))
+    accuracy = [rows[-1]["eval_accuracy"] for rows in (one, two)]  # of 15 pairs: one rank of two has a row less
+    assert accuracy[0] == accuracy[1] and accuracy[0] * 15 == pytest.approx(round(accuracy[0] * 15))
     for stage in ("sft", "reward"):
         never_whole(tmp_path / "zero3" / stage)
 

@@ -174,6 +174,12 @@ def test_a_damaged_weight_file_is_named(tmp_path):
         weight_names(str(tmp_path))
 
 
+def test_a_damaged_configuration_is_named_where_weights_are_split(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "op')
+    with pytest.raises(ConfigError, match="config.json is damaged"):
+        refuse(Pipeline().with_overrides([f"model.name={tmp_path}", "rollout.inference_tp_size=2"]), CPU)
+
+
 def test_tensorboard_that_is_not_installed_is_said(monkeypatch):
     pipeline, find = Pipeline().with_overrides(["telemetry.tensorboard=true"]), importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find(name))

@@ -65,6 +65,11 @@ def test_the_report_has_every_arm_its_failures_and_the_differences_seed_by_seed(
     assert [label.get_text() for label in axes[0].get_xticklabels()] == [*study.ARMS, "ema"]
 
 
+def test_a_study_in_which_no_run_ended_has_its_files():
+    rows = [{"arm": arm, "seed": 0, "state": "failed", "sick": []} for arm in study.ARMS]
+    assert "| 1 |" in study.report(rows) and not study.figure(rows).axes[0].lines
+
+
 def test_the_best_answer_is_that_of_its_own_prompt():
     lines = [{"prompt": prompt, "score": score} for score in (0.1, 0.9, 0.5, 0.7, 0.3) for prompt in "ab"]
     assert [line["score"] for line in best_answers(lines, 2)] == [0.9, 0.7, 0.9, 0.7]

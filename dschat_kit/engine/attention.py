@@ -1,11 +1,12 @@
 """Keys and values in slots of memory that is allocated once, and the attention that reads them where they lie.
 
 A row's tokens stand at columns 0, 1, ... of its slot, so nothing is padded on the left and nothing moves when a row
-beside it ends. Slots form tiles; one tile reads only as far as its longest row. Transformers' own modules compute
-everything else: `attend` is registered as an attention implementation and gets the slots as the argument `cache`, as
-transformers' continuous batching passes its pages. BLOOM's attention cannot be replaced so; its class is.
+beside it ends. A step on a CPU is the loop of engine/one_query.py; elsewhere torch's attention reads every row as far
+as the longest, with a mask. Transformers' own modules compute everything else: `attend` is registered as an attention
+implementation and gets the slots as the argument `cache`, as transformers' continuous batching passes its pages.
+BLOOM's attention cannot be replaced so; its class is.
 
-Shapes: n active rows, H heads, K key-value heads, D head size, L columns.
+Shapes: n active rows, H heads, K key-value heads, D head size.
 """
 
 import torch
@@ -14,16 +15,17 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor
 
+from dschat_kit.engine.one_query import attend_one, compiles
 from dschat_kit.models.attention import FAMILIES as INTERFACED
 from dschat_kit.models.attention import causal_attention
 
 ATTENTION = "dschat"
 FAMILIES = (*INTERFACED, "bloom")
 """Model types that `attend` computes, and BLOOM with its linear biases (ALiBi)."""
-TILE = 32
-"""Slots that are read to the same length: a large tile reads padding, a small one costs more kernel calls."""
+
+
 COLUMNS = 32
-"""Columns by which a tile's memory grows."""
+"""Columns by which the memory of a layer grows."""
 
 
 def kv_bytes_per_token(config, dtype: torch.dtype) -> int:
@@ -38,143 +40,92 @@ class UnknownAttention(Exception):
 
 
 class KVSlots:
-    """`slots` rows of up to `length` tokens a layer. Each tile has memory of its own, (TILE, K, columns, D) for keys
-    and for values; on a CPU it follows the longest row, elsewhere it has all columns from the start, so that its
-    address stays."""
+    """`slots` rows of up to `length` tokens: memory for keys and for values in each layer, (slots, K, columns, D). On a
+    CPU its columns follow the longest row; elsewhere all are there from the start, so that its address stays."""
 
     def __init__(self, slots: int, length: int):
         self.slots, self.length = slots, length
-        self.tiles: list[list[int]] = [[] for _ in range(-(-slots // TILE))]  # rows by tile; slot = TILE * tile + place
-        self._memory: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by layer and tile
-        self._filled: list[tuple[int, int, int]] = []
-
-    @property
-    def rows(self) -> list[int]:
-        """Active rows in the order in which a step computes them."""
-        return [row for tile in self.tiles for row in tile]
+        self.rows: list[int] = []
+        """Active rows, each in the slot of its place, in the order in which a step computes them."""
+        self._memory: dict[int, tuple[Tensor, Tensor]] = {}  # by layer
+        self._filled: slice | None = None
 
     def clear(self) -> None:
         """Forget all rows, keep the memory."""
-        for tile in self.tiles:
-            tile.clear()
+        self.rows = []
 
     def place(self, rows: list[int]) -> None:
         """Give each row a slot, which the prefill that follows writes."""
-        self._filled, left = [], list(rows)
-        for index, tile in enumerate(self.tiles):
-            free = self._size(index) - len(tile)
-            some, left = left[:free], left[free:]
-            if some:
-                self._filled.append((index, len(tile), len(some)))
-            tile += some
-
-    def places(self) -> list[int]:
-        """The slot of each active row, in the order of `rows`."""
-        return [TILE * index + place for index, tile in enumerate(self.tiles) for place in range(len(tile))]
+        self._filled, self.rows = slice(len(self.rows), len(self.rows) + len(rows)), self.rows + rows
 
     def advance(self, positions: Tensor, used: int | None = None) -> None:
         """The step that follows writes the token of the i-th active row at column positions[i]. With `used` it
         computes every slot instead, active or not, and reads that many columns of each: nothing then depends on a
         value, only on sizes, and the step can be captured."""
-        self._filled, self._masks, self._spans, start = [], {}, [], 0
-        for index, tile in enumerate(self.tiles):
-            if count := self._size(index) if used else len(tile):
-                span = positions[start:start + count]
-                shortest, longest = (0, used - 1) if used else (int(span.min()), int(span.max()))
-                self._spans.append((index, start, span, shortest, longest + 1))
-                start += count
-        self._places = torch.arange(TILE, device=positions.device)
+        self._filled, self._masks, self._positions = None, {}, positions
+        self._shortest, self._used = (0, used) if used else (int(positions.min()), int(positions.max()) + 1)
 
     def retire(self, rows: list[int], used: int) -> None:
-        """Free the rows' slots: the last rows of a tile move into the gaps, with their first `used` columns."""
-        gone, moves = set(rows), []
-        for index, tile in enumerate(self.tiles):
-            stay = [place for place, row in enumerate(tile) if row not in gone]
-            gaps = [place for place in range(len(stay)) if tile[place] in gone]
-            for gap, place in zip(gaps, stay[len(stay) - len(gaps):], strict=True):
-                tile[gap] = tile[place]
-                moves.append((index, gap, place))
-            del tile[len(stay):]
-        for layer in dict.fromkeys(layer for layer, _ in self._memory):
-            for index, target, source in moves:
-                for memory in self._memory[layer, index]:
-                    memory[target, :, :used] = memory[source, :, :used]
+        """Free the rows' slots: the last rows move into the gaps, with their first `used` columns."""
+        left, gone = list(self.rows), set(rows)
+        stay = [place for place, row in enumerate(left) if row not in gone]
+        gaps = [place for place in range(len(stay)) if left[place] in gone]
+        for gap, place in zip(gaps, stay[len(stay) - len(gaps):], strict=True):
+            left[gap] = left[place]
+            for memory in (part for pair in self._memory.values() for part in pair):
+                memory[gap, :, :used] = memory[place, :, :used]
+        self.rows = left[:len(stay)]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None = None,
                bias: Tensor | None = None) -> Tensor:
         """(rows, queries, H, D) attention of new tokens to themselves and to what the slots hold; stores them. `bias`
         (H, 1, length) is added to the scores by column, the same in all layers."""
+        keys, values = self._columns(layer, key.shape[2] if self._filled else self._used, key)
         if self._filled:
-            copies, width = sum(count for *_, count in self._filled) // len(key), key.shape[2]
-            parts = [new.repeat_interleave(copies, 0).split([count for *_, count in self._filled])
-                     for new in (key, value)]
-            for (index, place, count), *news in zip(self._filled, *parts, strict=True):
-                for memory, new in zip(self._columns(layer, index, width, key), news, strict=True):
-                    memory[place:place + count, :, :width] = new
+            copies, width = (self._filled.stop - self._filled.start) // len(key), key.shape[2]
+            keys[self._filled, :, :width] = key.repeat_interleave(copies, 0)
+            values[self._filled, :, :width] = value.repeat_interleave(copies, 0)
             return _prompt_attention(query, key, value, scaling, window, bias)
-        (n, H, _, D), K = query.shape, key.shape[1]
-        query = query.reshape(n, K, H // K, D)  # heads that share keys are queries of one head
-        output = torch.empty(n, 1, H, D, dtype=value.dtype, device=value.device)
-        for index, start, span, shortest, used in self._spans:
-            count, rows = len(span), slice(start, start + len(span))
-            keys, values = self._columns(layer, index, used, key)
-            places = self._places[:count]
-            keys[places, :, span], values[places, :, span] = key[rows, :, 0], value[rows, :, 0]
-            products = _as_products(key)
-            used = keys.shape[2] if products else used
-            mask = None
-            if products or shortest + 1 < used or (window and used > window) or bias is not None:
-                mask = self._mask(start, span, used, window, query.dtype, bias)
-            step = _products if products else F.scaled_dot_product_attention
-            found = step(query[rows], keys[:count, :, :used], values[:count, :, :used], attn_mask=mask, scale=scaling)
-            output[rows] = found.view(count, 1, H, D)
-        return output
+        if compiles(key):
+            return attend_one(query, key, value, keys, values, self._positions, scaling, window, bias)
+        (n, H, _, D), K, used = query.shape, key.shape[1], self._used
+        places = torch.arange(n, device=key.device)
+        keys[places, :, self._positions], values[places, :, self._positions] = key[:, :, 0], value[:, :, 0]
+        mask = None
+        if self._shortest + 1 < used or (window and used > window) or bias is not None:
+            mask = self._mask(window, query.dtype, bias)
+        queries = query.reshape(n, K, H // K, D)  # heads that share keys are queries of one head
+        return F.scaled_dot_product_attention(queries, keys[:n, :, :used], values[:n, :, :used], attn_mask=mask,
+                                              scale=scaling).reshape(n, 1, H, D)
 
-    def _size(self, index: int) -> int:
-        """Slots of a tile."""
-        return min(TILE, self.slots - TILE * index)
-
-    def _columns(self, layer: int, index: int, used: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a tile with at least `used` columns; on a CPU less than twice as many, once all rows in it
-        have had their prefill."""
-        held = self._memory.get((layer, index))
+    def _columns(self, layer: int, used: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer with at least `used` columns; on a CPU less than twice as many, once all rows have
+        had their prefill."""
+        held = self._memory.get(layer)
         wanted = min(self.length, -(-used // COLUMNS) * COLUMNS) if like.device.type == "cpu" else self.length
         if held and self._filled:  # the rows beside those that come may be longer
             wanted = max(wanted, held[0].shape[2])
         if held is None or not wanted <= held[0].shape[2] < 2 * wanted:
-            shape = self._size(index), like.shape[1], wanted, like.shape[3]
-            made = like.new_zeros(shape), like.new_zeros(shape)  # zeros, because what is masked has to be finite
-            for new, old in zip(made, held or (), strict=held is not None):
-                new[:, :, :old.shape[2]] = old[:, :, :wanted]
-            self._memory[layer, index] = held = made
+            kept = min(wanted, held[0].shape[2]) if held else 0
+            made = [like.new_empty(self.slots, like.shape[1], wanted, like.shape[3]) for _ in range(2)]
+            for new, old in zip(made, held or made, strict=True):
+                new[:, :, :kept] = old[:, :, :kept]
+                new[:, :, kept:] = 0  # what counts for nothing has to be finite
+            self._memory[layer] = held = tuple(made)
         return held
 
-    def _mask(self, start: int, span: Tensor, used: int, window: int | None, dtype: torch.dtype,
-              bias: Tensor | None) -> Tensor:
-        """(rows of the tile, 1 or H, 1, used): 0 or `bias` where a row may look, -inf elsewhere; the same for all
-        layers of a step."""
-        if (start, window) not in self._masks:
-            columns, last = torch.arange(used, device=span.device), span[:, None, None, None]
+    def _mask(self, window: int | None, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+        """(rows, 1 or H, 1, used): 0 or `bias` where a row may look, -inf elsewhere; the same for all layers of a step.
+        """
+        if window not in self._masks:
+            last = self._positions[:, None, None, None]
+            columns = torch.arange(self._used, device=last.device)
             hidden = columns > last
             if window:
                 hidden |= columns <= last - window
-            seen = torch.zeros((), dtype=dtype, device=span.device) if bias is None else bias[..., :used]
-            self._masks[start, window] = torch.where(hidden, float("-inf"), seen)
-        return self._masks[start, window]
-
-
-def _as_products(like: Tensor) -> bool:
-    """Whether one query a row is computed as batched matrix products over whole memory. On CPUs without AMX that is
-    3 to 5 times as fast as torch's attention kernel in bf16, and up to 1.5 times in fp32; with AMX the kernel is."""
-    return like.device.type == "cpu" and not (like.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
-
-
-def _products(query: Tensor, keys: Tensor, values: Tensor, attn_mask: Tensor, scale: float) -> Tensor:
-    """(rows, K, queries of one head, D): softmax(scale QK + mask)V, with scores rounded to the dtype of the keys, as
-    transformers' eager attention does."""
-    mask = attn_mask.expand(-1, keys.shape[1], -1, -1).flatten(0, 1)
-    scores = torch.baddbmm(mask, query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), alpha=scale)
-    return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(query.shape)
+            seen = torch.zeros((), dtype=dtype, device=last.device) if bias is None else bias[..., :self._used]
+            self._masks[window] = torch.where(hidden, float("-inf"), seen)
+        return self._masks[window]
 
 
 def _prompt_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None,

@@ -28,12 +28,11 @@ class GraphedSlots(Slots):
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """As Slots.step."""
-        rows = torch.tensor(self.kv.places(), device=tokens.device)
         for memory, new in ((self._tokens, tokens), (self._positions, positions)):
             memory.zero_()  # a free slot is fed token 0 at column 0, which its next prompt overwrites
-            memory[rows] = new
+            memory[:len(new)] = new
         used = max(LEAST, 1 << int(positions.max()).bit_length())
-        return self._replay(min(used, self.kv.length))[rows]
+        return self._replay(min(used, self.kv.length))[:len(tokens)]
 
     def _forward(self, used: int) -> Tensor:
         self.kv.advance(self._positions, used)

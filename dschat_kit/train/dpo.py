@@ -32,6 +32,7 @@ from dschat_kit.rlhf.rollout import Roles
 from dschat_kit.train.ppo_metrics import summary
 from dschat_kit.train.prompts import PromptFeed, evaluate, sampling_of
 from dschat_kit.train.rank import main
+from dschat_kit.train.reward_report import right
 from dschat_kit.train.roles import load_policy, load_reward, reference, rollout_engine
 from dschat_kit.train.session import Session
 from dschat_kit.train.telemetry import peak_memory_mb
@@ -98,23 +99,30 @@ def build_roles(session: Session, tokenizer) -> Roles:
 
 def objective(roles: Roles, batch: SequenceBatch, beta: float, pairs: float) -> tuple[Tensor, dict]:
     """(loss, metrics) of a batch of pairs, as parts of means over `pairs`."""
+    return dpo_loss(*pair_logprobs(roles, batch), beta, pairs)
+
+
+def pair_logprobs(roles: Roles, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+    """(2B,) log-probabilities of whole responses under actor and reference, the chosen ones first."""
     def logprobs(model: nn.Module) -> Tensor:
         return sequence_logprobs(model, batch.sequences, batch.attention_mask, batch.response_mask)
 
     with torch.no_grad():
         reference = logprobs(roles.ref)
-    return dpo_loss(logprobs(roles.actor), reference, beta, pairs)
+    return logprobs(roles.actor), reference
 
 
 @torch.no_grad()
 def held_out_accuracy(session: Session, roles: Roles, rows: TokenRows, pad_id: int) -> float:
     """Share of the first dpo.eval_rows held-out pairs whose chosen side has the higher implicit reward."""
-    settings, right = session.pipeline.dpo, 0.0
-    count = min(len(rows), settings.eval_rows) // session.world_size * session.world_size
-    for some in chunks(rank_share(np.arange(count), session.rank, session.world_size), settings.micro_batch_size):
-        batch = preference_batch(rows.take(some), pad_id).to(session.device)
-        right = right + objective(roles, batch, settings.beta, pairs=count)[1]["accuracy"]
-    return session.sum(right)[0]
+    settings, correct = session.pipeline.dpo, 0.0
+    count = min(len(rows), settings.eval_rows)
+    filled = np.arange(-(-count // session.world_size) * session.world_size)  # every rank makes as many forward passes
+    for places in chunks(rank_share(filled, session.rank, session.world_size), settings.micro_batch_size):
+        batch = preference_batch(rows.take(places % count), pad_id).to(session.device)
+        chosen, rejected = torch.sub(*pair_logprobs(roles, batch)).chunk(2)
+        correct += right((chosen - rejected).cpu().numpy())[places < count].sum()
+    return session.sum(correct)[0] / count
 
 
 if __name__ == "__main__":

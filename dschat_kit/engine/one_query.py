@@ -1,0 +1,117 @@
+"""Attention of one query a row on a CPU: a loop over keys and values where they lie, which numba compiles at its first
+use.
+
+A decode step reads every key and value once and does little with them, so it should take as long as reading memory
+does. torch's products and its attention kernel first bring what they read into another order: twice the time. Scores
+and probabilities are in fp32, whatever the dtype of the keys.
+
+Shapes: n rows, H heads, K key-value heads, D head size.
+"""
+
+import functools
+
+import numba
+import numpy as np
+import torch
+from numba import types
+from numba.extending import overload
+from torch import Tensor
+
+NO_BIAS = np.zeros((0, 0), np.float32)
+
+
+def compiles(like: Tensor) -> bool:
+    """Whether there is such a loop for keys like these."""
+    return like.device.type == "cpu" and like.dtype in (torch.float32, torch.bfloat16)
+
+
+def attend_one(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, positions: Tensor,
+               scaling: float, window: int | None = None, bias: Tensor | None = None) -> Tensor:
+    """(n, 1, H, D): what the query (n, H, 1, D) of each row finds in columns 0 to positions (n,) of its keys and values
+    (slots, K, columns, D), or in the last `window` of them. The new key and value (n, K, 1, D) are stored in that last
+    column before. `bias` (H, 1, columns) is added to the scores."""
+    assert keys.is_contiguous() and values.is_contiguous()  # what is stored into a copy would be lost
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # of the calling thread
+    output = torch.empty(len(query), query.shape[1], query.shape[3])
+    _compiled()(*(_memory(part[:, :, 0]) for part in (query.float() * scaling, key, value)), _memory(keys),
+                _memory(values), positions.numpy(), window or 0,
+                NO_BIAS if bias is None else _memory(bias[:, 0].float()), output.numpy())
+    return output[:, None].to(query.dtype)
+
+
+def _memory(part: Tensor) -> np.ndarray:
+    """A tensor as an array; bf16, which numpy does not know, as the integers of the same memory."""
+    part = part.contiguous()
+    return (part.view(torch.uint16) if part.dtype == torch.bfloat16 else part).numpy()
+
+
+@functools.cache
+def _compiled():
+    how = {"parallel": True, "nogil": True, "fastmath": {"reassoc", "contract"}}  # without them no vector is formed
+    try:
+        return numba.njit(cache=True, **how)(_loop)
+    except RuntimeError:  # there is no place where it could be kept for the next process
+        return numba.njit(**how)(_loop)
+
+
+def _loop(query, key, value, keys, values, positions, window, bias, output):
+    n, H, D = query.shape
+    K, columns = keys.shape[1:3]
+    for i in numba.prange(n * K):
+        row, shared = i // K, i % K
+        last = positions[row]
+        first = max(0, last - window + 1) if window else 0
+        # Memory that is read without gaps comes twice as fast, so a few columns that nobody looks at are read too.
+        end = columns if 2 * last > columns else last + 1
+        for d in range(D):
+            keys[row, shared, last, d], values[row, shared, last, d] = key[row, shared, d], value[row, shared, d]
+        probs, found = np.empty(end, np.float32), np.empty(D, np.float32)
+        for h in range(shared * H // K, (shared + 1) * H // K):
+            for t in range(end):
+                score = np.float32(0)
+                for d in range(D):
+                    score += query[row, h, d] * _float(keys[row, shared, t, d])
+                probs[t] = score
+            if len(bias):
+                for t in range(end):
+                    probs[t] += bias[h, t]
+            highest, total = np.float32(-np.inf), np.float32(0)
+            for t in range(first, last + 1):
+                highest = max(highest, probs[t])
+            for t in range(first, last + 1):
+                probs[t] = _exp(probs[t] - highest)
+            for t in range(first, last + 1):
+                total += probs[t]
+            probs[:first], probs[last + 1:], found[:] = 0, 0, 0
+            for t in range(end):
+                prob = probs[t]
+                for d in range(D):
+                    found[d] += prob * _float(values[row, shared, t, d])
+            for d in range(D):
+                output[row, h, d] = found[d] / total
+
+
+def _float(x):
+    """What an entry of `_memory` stands for."""
+
+
+@overload(_float, inline="always")
+def _float_of(x):
+    if x is types.uint16:  # bf16 is the upper half of an fp32
+        return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
+    return lambda x: x
+
+
+@numba.extending.register_jitable(inline="always")
+def _exp(x):
+    """exp of a number up to 0, to 1e-7, by arithmetic that is done for 16 numbers at once: 2^n times a polynomial
+    (S. L. Moshier, Cephes, expf)."""
+    x = np.float32(-87) if x < np.float32(-87) else x  # not max(): what is not finite has to stay so
+    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    r, p = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4), np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    return (p * r * r + r + np.float32(1)) * np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)

@@ -1,0 +1,97 @@
+"""The loop over keys and values: torch's attention in fp64, whatever lies in the columns that a row does not see."""
+
+import numba
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dschat_kit.engine import one_query
+from dschat_kit.engine.one_query import attend_one, compiles
+
+
+def expected(query, keys, values, positions, scaling, window, bias):
+    """(n, 1, H, D) in fp64."""
+    columns, last = torch.arange(keys.shape[2]), positions[:, None, None, None]
+    hidden = (columns > last) | (columns <= last - (window or len(columns)))
+    mask = torch.zeros(1) if bias is None else bias.double()
+    found = F.scaled_dot_product_attention(query.double(), keys.double(), values.double(), scale=scaling,
+                                           attn_mask=torch.where(hidden, float("-inf"), mask.double()), enable_gqa=True)
+    return found.transpose(1, 2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 5), spare=st.integers(0, 2), K=st.integers(1, 3), group=st.integers(1, 3),
+       D=st.sampled_from((1, 8, 24, 64)), columns=st.integers(1, 70), window=st.none() | st.integers(1, 80),
+       biased=st.booleans(), large=st.booleans(), bf16=st.booleans(), seed=st.integers(0, 999))
+def test_it_is_torchs_attention(n, spare, K, group, D, columns, window, biased, large, bf16, seed):
+    """And it stores the new key and value, and nothing else."""
+    torch.manual_seed(seed)
+    dtype, H = torch.bfloat16 if bf16 else torch.float32, K * group
+    keys, values = torch.randn(2, n + spare, K, columns, D).to(dtype)
+    query = (torch.randn(n, 1, H, D) * (30 if large else 1)).to(dtype).transpose(1, 2)
+    key, value = torch.randn(2, n, 1, K, D).to(dtype).transpose(2, 3)
+    positions, bias = torch.randint(columns, (n,)), torch.randn(H, 1, columns).to(dtype) if biased else None
+    stored = [memory.clone() for memory in (keys, values)]
+    for memory, new in zip(stored, (key, value), strict=True):
+        memory[torch.arange(n), :, positions] = new[:, :, 0]
+    found = attend_one(query, key, value, keys, values, positions, 0.3, window, bias)
+    assert torch.equal(keys, stored[0]) and torch.equal(values, stored[1]) and found.dtype == dtype
+    true = expected(query, keys[:n], values[:n], positions, 0.3, window, bias)
+    size, scores = values.abs().max(), 0.3 * (query.double().norm(dim=-1).max() * keys.double().norm(dim=-1).max())
+    tolerance = 2**-8 if bf16 else 3e-7 * (4 + scores)  # of the output; of scores in fp32
+    assert found.shape == (n, 1, H, D) and (found.double() - true).abs().max() <= tolerance * size
+
+
+@pytest.mark.parametrize("threads", [1, 2, 64])
+def test_a_row_does_not_depend_on_those_beside_it_nor_on_threads(threads):
+    torch.manual_seed(0)
+    query, key, value, memory, positions = (torch.randn(6, 4, 1, 16), torch.randn(6, 2, 1, 16),
+                                            torch.randn(6, 2, 1, 16), torch.randn(2, 6, 2, 40, 16),
+                                            torch.randint(40, (6,)))
+    together = attend_one(query, key, value, *memory.clone(), positions, 0.3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for row in range(6):
+            some = slice(row, row + 1)
+            alone = attend_one(query[some], key[some], value[some], *memory[:, some].clone(), positions[some], 0.3)
+            assert torch.equal(alone, together[some])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", ["query", "keys", "values"])
+def test_what_is_not_finite_stays_so_and_in_its_row(place, bad):
+    """Else the decode loop could not name the row."""
+    parts = {"query": torch.ones(3, 2, 1, 8), "key": torch.ones(3, 2, 1, 8), "value": torch.ones(3, 2, 1, 8),
+             "keys": torch.ones(3, 2, 9, 8), "values": torch.ones(3, 2, 9, 8)}
+    parts[place][1, :, 0] = bad
+    found = attend_one(**parts, positions=torch.tensor([8, 8, 4]), scaling=1.0)
+    assert not found[1].isfinite().any() and found[[0, 2]].isfinite().all()
+
+
+def test_it_is_compiled_anew_where_nothing_can_be_kept(monkeypatch):
+    """As in a read-only image without a home."""
+    asked, honest = [], numba.njit
+
+    def njit(**how):
+        asked.append(how.get("cache", False))
+        if how.get("cache"):
+            return lambda function: (_ for _ in ()).throw(RuntimeError("cannot cache function: no locator available"))
+        return honest(**how)
+    monkeypatch.setattr(numba, "njit", njit)
+    one_query._compiled.cache_clear()
+    try:
+        parts = torch.ones(5, 1, 1, 1, 4)
+        assert torch.equal(attend_one(*parts, torch.zeros(1, dtype=torch.long), 1.0), torch.ones(1, 1, 1, 4))
+    finally:
+        one_query._compiled.cache_clear()
+    assert asked == [True, False]
+
+
+def test_where_there_is_a_loop():
+    assert compiles(torch.empty(1)) and compiles(torch.empty(1, dtype=torch.bfloat16))
+    assert not compiles(torch.empty(1, dtype=torch.float16)) and not compiles(torch.empty(1, device="meta"))
