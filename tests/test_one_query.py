@@ -1,5 +1,8 @@
 """The loop over keys and values: torch's attention in fp64, whatever lies in the columns that a row does not see."""
 
+import subprocess
+import sys
+
 import numba
 import pytest
 import torch
@@ -90,6 +93,20 @@ def test_it_is_compiled_anew_where_nothing_can_be_kept(monkeypatch):
     finally:
         one_query._compiled.cache_clear()
     assert asked == [True, False]
+
+
+THREADS = """
+import torch
+torch.set_num_threads(1)
+from dschat_kit.engine.one_query import attend_one
+attend_one(*torch.ones(5, 1, 1, 1, 4), torch.zeros(1, dtype=torch.long), 1.0)
+assert torch.get_num_threads() == 1
+"""
+
+
+def test_torch_keeps_its_number_of_threads():
+    """Else each of several ranks would compute on all cores."""
+    subprocess.run([sys.executable, "-c", THREADS], check=True)
 
 
 def test_where_there_is_a_loop():

@@ -31,11 +31,11 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: 
     (slots, K, columns, D), or in the last `window` of them. The new key and value (n, K, 1, D) are stored in that last
     column before. `bias` (H, 1, columns) is added to the scores."""
     assert keys.is_contiguous() and values.is_contiguous()  # what is stored into a copy would be lost
+    loop, output = _compiled(), torch.empty(len(query), query.shape[1], query.shape[3])
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # of the calling thread
-    output = torch.empty(len(query), query.shape[1], query.shape[3])
-    _compiled()(*(_memory(part[:, :, 0]) for part in (query.float() * scaling, key, value)), _memory(keys),
-                _memory(values), positions.numpy(), window or 0,
-                NO_BIAS if bias is None else _memory(bias[:, 0].float()), output.numpy())
+    loop(*(_memory(part[:, :, 0]) for part in (query.float() * scaling, key, value)), _memory(keys),
+         _memory(values), positions.numpy(), window or 0,
+         NO_BIAS if bias is None else _memory(bias[:, 0].float()), output.numpy())
     return output[:, None].to(query.dtype)
 
 
@@ -47,6 +47,9 @@ def _memory(part: Tensor) -> np.ndarray:
 
 @functools.cache
 def _compiled():
+    threads = torch.get_num_threads()
+    numba.set_num_threads(1)  # the first such call makes numba's pool and gives torch, too, a thread for every core
+    torch.set_num_threads(threads)
     how = {"parallel": True, "nogil": True, "fastmath": {"reassoc", "contract"}}  # without them no vector is formed
     try:
         return numba.njit(cache=True, **how)(_loop)
