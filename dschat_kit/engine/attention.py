@@ -22,8 +22,6 @@ from dschat_kit.models.attention import causal_attention
 ATTENTION = "dschat"
 FAMILIES = (*INTERFACED, "bloom")
 """Model types that `attend` computes, and BLOOM with its linear biases (ALiBi)."""
-
-
 COLUMNS = 32
 """Columns by which the memory of a layer grows."""
 

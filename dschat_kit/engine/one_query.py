@@ -14,7 +14,7 @@ import numba
 import numpy as np
 import torch
 from numba import types
-from numba.extending import overload
+from numba.extending import overload, register_jitable
 from torch import Tensor
 
 NO_BIAS = np.zeros((0, 0), np.float32)
@@ -105,7 +105,7 @@ def _float_of(x):
     return lambda x: x
 
 
-@numba.extending.register_jitable(inline="always")
+@register_jitable(inline="always")
 def _exp(x):
     """exp of a number up to 0, to 1e-7, by arithmetic that is done for 16 numbers at once: 2^n times a polynomial
     (S. L. Moshier, Cephes, expf)."""
