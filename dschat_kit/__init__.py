@@ -25,7 +25,7 @@ READING_ORDER = (
     "rlhf.experience", "rlhf.rewards", "rlhf.losses", "rlhf.logprobs", "rlhf.rollout", "rlhf.worlds",
     "rlhf.overoptimisation",
     "engine.ds_config", "engine.engines", "engine.zero", "engine.ema", "engine.shared", "engine.rollout_types",
-    "engine.sampling", "engine.one_query", "engine.attention", "engine.decode", "engine.graphs",
+    "engine.loops", "engine.sampling", "engine.attention", "engine.decode", "engine.graphs",
     "engine.tensor_parallel", "engine.parity", "engine.streamed", "engine.replica", "engine.hybrid",
     "engine.checkpoints",
     "train.watch", "train.telemetry", "train.card", "train.session", "train.rank", "train.sft",

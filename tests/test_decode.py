@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from references import response_logits, token_logprobs
 from tiny_models import SHAPES, VOCABULARY, causal_lm, tokenizer
 
-from dschat_kit.engine import attention
+from dschat_kit.engine import attention, sampling
 from dschat_kit.engine.attention import ATTENTION, FAMILIES, KVSlots, take_slots
 from dschat_kit.engine.decode import Plain, Slots, _Responses, decode
 from dschat_kit.engine.graphs import GraphedSlots
@@ -66,12 +66,13 @@ def responses(batch):
 
 @pytest.fixture(scope="module", params=[*sorted(SHAPES), *(f"{name} kernel" for name in FAMILIES)])
 def model(request):
-    """A step's attention as a compiled loop, in memory that grows every few tokens; `kernel`: torch's, as on a GPU."""
+    """Compiled loops, and memory that grows every few tokens; `kernel`: torch's operations, as on a GPU."""
     architecture, _, kernel = request.param.partition(" ")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "COLUMNS", 4)
         if kernel:
-            patch.setattr(attention, "compiles", lambda like: False)
+            for module in (attention, sampling):
+                patch.setattr(module, "compiles", lambda like: False)
         yield causal_lm(architecture)
 
 
@@ -133,22 +134,36 @@ def test_a_response_ends_with_its_stop_token_which_belongs_to_it(model):
     assert torch.equal(batch.attention_mask[:, -batch.response_mask.shape[1]:], batch.response_mask)
 
 
-def test_sampled_frequencies_are_the_softmax():
+def drawn(compiled, *args):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "compiles", lambda like: compiled)
+        return sample_tokens(*args)
+
+
+compiled_and_not = pytest.mark.parametrize("compiled", [True, False])
+
+
+@compiled_and_not
+def test_sampled_frequencies_are_the_softmax(compiled):
     logits = torch.tensor([2.0, 0.0, -1.0, 1.0]).expand(40_000, 4)
-    tokens, logprobs, entropy = sample_tokens(logits, row_uniforms(torch.arange(40_000), 1)[:, 0], SAMPLING)
+    tokens, logprobs, entropy = drawn(compiled, logits, row_uniforms(torch.arange(40_000), 1)[:, 0], SAMPLING)
     expected = logits[0].softmax(-1)
     assert torch.allclose(entropy, -(expected * expected.log()).sum())
     assert torch.allclose(tokens.bincount(minlength=4) / 40_000, expected, atol=0.01)
     assert torch.allclose(logprobs.exp(), expected[tokens])
 
 
-@given(st.integers(0, 2**40), st.floats(0.1, 1.0), st.integers(0, 5), st.sampled_from([0.0, 0.1, 0.5]))
+@compiled_and_not
+@given(st.integers(0, 2**40), st.floats(0.1, 1.0), st.integers(0, 5), st.sampled_from([0.0, 0.1, 0.5]),
+       st.sampled_from([0.3, 1.0, 2.0]))
 @settings(deadline=None, max_examples=50)
-def test_filters_keep_the_most_likely_tokens_and_renormalise(seed, top_p, top_k, min_p):
+def test_filters_keep_the_most_likely_tokens_and_renormalise(compiled, seed, top_p, top_k, min_p, temperature):
     generator = torch.Generator().manual_seed(seed)
     logits, uniforms = torch.randn(8, 9, generator=generator), torch.rand(8, generator=generator, dtype=torch.float64)
-    tokens, logprobs, _ = sample_tokens(logits, uniforms, replace(SAMPLING, top_p=top_p, top_k=top_k, min_p=min_p))
-    for row, token, logprob in zip(logits, tokens, logprobs, strict=True):
+    filters = replace(SAMPLING, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+    tokens, logprobs, entropy = drawn(compiled, logits, uniforms, filters)
+    assert entropy.isfinite().all()
+    for row, token, logprob in zip(logits / temperature, tokens, logprobs, strict=True):
         order = row.argsort(descending=True)[:top_k or 9]
         kept = row[order].softmax(-1)
         kept = order[(kept.cumsum(-1) - kept < top_p) & (kept >= min_p * kept[0])]
@@ -156,14 +171,15 @@ def test_filters_keep_the_most_likely_tokens_and_renormalise(seed, top_p, top_k,
         assert torch.allclose(logprob, row[kept].log_softmax(-1)[kept.tolist().index(int(token))], atol=1e-5)
 
 
+@compiled_and_not
 @given(st.integers(0, 2**40), st.integers(1, 1000))
 @settings(deadline=None, max_examples=30)
-def test_a_draw_inverts_the_whole_distribution_function(seed, size):
+def test_a_draw_inverts_the_whole_distribution_function(compiled, seed, size):
     """The search in blocks finds what a running sum over the vocabulary finds."""
     generator = torch.Generator().manual_seed(seed)
     logits = 4 * torch.randn(4, size, generator=generator)
     uniforms = torch.rand(4, generator=generator, dtype=torch.float64)
-    tokens, *_ = sample_tokens(logits, uniforms, SAMPLING)
+    tokens, *_ = drawn(compiled, logits, uniforms, SAMPLING)
     upper = logits.double().softmax(-1).cumsum(-1)
     lower = torch.nn.functional.pad(upper, (1, -1))
     for row in range(4):

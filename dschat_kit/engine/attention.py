@@ -1,7 +1,7 @@
 """Keys and values in slots of memory that is allocated once, and the attention that reads them where they lie.
 
 A row's tokens stand at columns 0, 1, ... of its slot, so nothing is padded on the left and nothing moves when a row
-beside it ends. A step on a CPU is the loop of engine/one_query.py; elsewhere torch's attention reads every row as far
+beside it ends. A step on a CPU is the loop of engine/loops.py; elsewhere torch's attention reads every row as far
 as the longest, with a mask. Transformers' own modules compute everything else: `attend` is registered as an attention
 implementation and gets the slots as the argument `cache`, as transformers' continuous batching passes its pages.
 BLOOM's attention cannot be replaced so; its class is.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor
 
-from dschat_kit.engine.one_query import attend_one, compiles
+from dschat_kit.engine.loops import attend_one, compiles
 from dschat_kit.models.attention import FAMILIES as INTERFACED
 from dschat_kit.models.attention import causal_attention
 

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from dschat_kit.engine.attention import KVSlots
 from dschat_kit.engine.rollout_types import KitBatch, KitRequest, KitSampling
-from dschat_kit.engine.sampling import row_uniforms, sample_tokens
+from dschat_kit.engine.sampling import NEVER, row_uniforms, sample_tokens
 from dschat_kit.models.loading import accepts, model_inputs
 from dschat_kit.runs import RunError
 
@@ -120,7 +120,7 @@ class _Responses:
         if self.lengths is not None:
             ends = place + 1 == self.lengths.to(index.device)[index]
             forced = torch.where(ends, self.stops[0], -1)
-            never = max(-1e9, torch.finfo(logits.dtype).min)  # finite, so that 0 times it is 0
+            never = max(NEVER, torch.finfo(logits.dtype).min)
             logits[:, self.stops] = logits[:, self.stops].masked_fill(~ends[:, None], never)
         uniforms = None if self.uniforms is None else self.uniforms[index, place]
         tokens, logprobs, entropy = sample_tokens(logits, uniforms, self.sampling, forced)
