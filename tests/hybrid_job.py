@@ -17,12 +17,13 @@ from tiny_models import SHAPES, VOCABULARY, causal_lm
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from dschat_kit.config import Pipeline
-from dschat_kit.engine import attention, ds_config, replica
+from dschat_kit.engine import attention, ds_config
 from dschat_kit.engine import hybrid as hybrid_module
 from dschat_kit.engine.engines import build_engine
 from dschat_kit.engine.hybrid import HybridEngine
 from dschat_kit.engine.shared import Role, SharedModel
 from dschat_kit.engine.zero import full_state_dict
+from dschat_kit.models import packed
 from dschat_kit.models.lora import add_adapters, merge_adapters, save_adapter
 from dschat_kit.models.scalar_model import ScalarModel
 from dschat_kit.rlhf.logprobs import response_logprobs
@@ -235,7 +236,7 @@ def check_streamed_on_a_shared_base(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    replica.PACKED = 0  # weights are packed as those of a model of real size are
+    packed.LEAST = 0  # weights are packed as those of a model of real size are
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     for zero_stage in range(4):

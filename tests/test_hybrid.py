@@ -23,6 +23,7 @@ from dschat_kit.engine import attention, hybrid, parity, replica
 from dschat_kit.engine.hybrid import HybridEngine
 from dschat_kit.engine.shared import Reference
 from dschat_kit.models import attention as products
+from dschat_kit.models import packed
 from dschat_kit.models.attention import take_products
 from dschat_kit.models.lora import add_adapters, merge_adapters
 from dschat_kit.rlhf.logprobs import response_logprobs
@@ -33,9 +34,9 @@ GREEDY = replace(SAMPLING, temperature=0.0)
 
 
 @pytest.fixture(autouse=True)
-def packed(monkeypatch):
+def everything_packed(monkeypatch):
     """Weights are packed as those of a model of real size are."""
-    monkeypatch.setattr(replica, "PACKED", 0)
+    monkeypatch.setattr(packed, "LEAST", 0)
 
 
 class Engine:
@@ -107,7 +108,7 @@ def test_adapters_are_fused_and_every_rollout_sees_the_newest_weights(release):
     assert responses(batch) != responses(run(causal_lm("llama"), request(), SAMPLING))
 
 
-@pytest.mark.parametrize("place", [(hybrid, "decode"), (replica.Replica, "fill"), (replica.PackedLinear, "forward"),
+@pytest.mark.parametrize("place", [(hybrid, "decode"), (replica.Replica, "fill"), (packed.PackedLinear, "forward"),
                                    (attention.KVSlots, "retire")], ids=lambda place: place[1])
 def test_an_interrupt_inside_leaves_the_model_trainable(monkeypatch, place):
     """Before, between and in the middle of the steps."""

@@ -16,33 +16,7 @@ from dschat_kit.engine.attention import take_slots
 from dschat_kit.engine.tensor_parallel import TensorParallel
 from dschat_kit.engine.zero import LAYER, gathered
 from dschat_kit.models.lora import ACTOR, merged_weight
-
-PACKED = 2**16
-"""Entries of an fp32 weight from which on packing is worth its call (256 x 256: 20 us either way); in bf16 it always
-is."""
-
-
-class PackedLinear(nn.Linear):
-    """A linear layer that multiplies with a copy of its weight in the order in which oneDNN's kernels read it;
-    otherwise every call brings the weight into that order, or reads it in a worse one. No gradient."""
-
-    packed: Tensor | None = None
-
-    def forward(self, input: Tensor) -> Tensor:
-        """input @ weight.T + bias."""
-        if self.packed is None:
-            return super().forward(input)
-        return torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, "none", [], "")
-
-    def pack(self) -> None:
-        """Has to be called whenever the weight has changed."""
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, 64)
-
-
-def _can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    mkldnn = torch.ops.mkldnn
-    return (dtype in (torch.bfloat16, torch.float32) and device.type == "cpu" and torch.backends.mkldnn.is_available()
-            and hasattr(mkldnn, "_reorder_linear_weight") and hasattr(mkldnn, "_linear_pointwise"))
+from dschat_kit.models.packed import packable
 
 
 class Replica:
@@ -69,13 +43,7 @@ class Replica:
             own = name if name in parameters else re.sub(r"\.(weight|bias)$", r".base_layer.\1", name)
             self._places.setdefault(first.setdefault(id(parameters[own]), own), []).append(name)
         self._parameters = parameters
-        self._packed: list[PackedLinear] = []
-        if _can_pack(dtype, next(iter(parameters.values())).device):
-            least = PACKED if dtype == torch.float32 else 0
-            self._packed = [module for module in self.model.modules()
-                            if type(module) is nn.Linear and module.weight.numel() >= least]
-            for module in self._packed:
-                module.__class__ = PackedLinear
+        self._packed = packable(self.model, dtype, next(iter(parameters.values())).device)
 
     def needed_bytes(self) -> int:
         """Memory that `fill` would take for whole weights: none for those that it still holds."""

@@ -74,7 +74,7 @@ def _draw(logits: Tensor, temperature: float, uniforms: Tensor, forced: Tensor) 
 def _filtered(logits: Tensor, sampling: KitSampling) -> Tensor:
     """Logits whose dropped tokens have probability 0, in transformers' order: temperature, top_k, top_p, min_p."""
     temperature = sampling.temperature
-    if temperature == 0 or (sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0):
+    if temperature == 0 or (sampling.top_k <= 0 and sampling.top_p == 1 and sampling.min_p == 0):
         return logits
     logits = logits.float()
     if sampling.top_k > 0:

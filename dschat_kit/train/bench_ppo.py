@@ -2,10 +2,12 @@
 
 The peer is the loop that one writes with transformers alone: `generate` in its fastest way until all rows have ended,
 forward passes of the padded batch with its mask, logits at every position and a log-softmax in fp32 over the response,
-the actor's log-probabilities computed again. Models, engines, losses and micro batches are the same.
+the actor's log-probabilities computed again. Weights, engines, losses and micro batches are the same.
 """
 
 import time
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from dschat_kit.train import bench
 from dschat_kit.train.ppo import iterate, trained
 from dschat_kit.train.ppo_metrics import Clock
 from dschat_kit.train.rank import start_distributed
+from dschat_kit.train.roles import scorer
 from dschat_kit.train.session import Session
 from dschat_kit.train.telemetry import weights_of
 from dschat_kit.train.watch import Watch
@@ -42,13 +45,18 @@ class _Job(Session):
 
 def roles_of(spec: dict, job: _Job) -> Roles:
     """Four models of the same shape; actor and critic with their optimisers."""
-    def scalar() -> ScalarModel:
-        return ScalarModel(bench.load_model(spec["model"], spec["dtype"], AutoModelForSequenceClassification,
-                                            num_labels=1))
+    actor = bench.load_model(spec["model"], spec["dtype"])
+    return Roles(actor=trained(job, actor, LR), critic=trained(job, scalar(spec), LR), **frozen(spec, job, scorer))
 
-    actor, ref = (bench.load_model(spec["model"], spec["dtype"]) for _ in range(2))
-    return Roles(actor=trained(job, actor, LR), critic=trained(job, scalar(), LR),
-                 ref=freeze(ref, job.pipeline, job.device), reward=freeze(scalar(), job.pipeline, job.device))
+
+def frozen(spec: dict, job: _Job, make: Callable) -> dict[str, nn.Module]:
+    """Reference and reward model, the same weights in every call."""
+    return {"ref": make(job, bench.load_model(spec["model"], spec["dtype"])), "reward": make(job, scalar(spec))}
+
+
+def scalar(spec: dict) -> ScalarModel:
+    """A model of the shape with a head of one scalar."""
+    return ScalarModel(bench.load_model(spec["model"], spec["dtype"], AutoModelForSequenceClassification, num_labels=1))
 
 
 def attend(roles: Roles, products: bool) -> None:
@@ -118,8 +126,10 @@ def ppo(spec: dict) -> dict:
     calls, hybrid = bench.engines_of({**spec, "engines": ["hf"]}, work, roles.actor, spec["zero"] == 3)
     generate = calls["hf"][bench.fastest(calls["hf"])] if "hf" in spec["engines"] else None
 
-    loops = {"kit": lambda: iteration(job, roles, work, hybrid),
-             "hf": lambda: plain_iteration(job, roles, work, generate)}
+    loops = {"kit": lambda: iteration(job, roles, work, hybrid)}
+    if generate:
+        plain = replace(roles, **frozen(spec, job, lambda job, model: freeze(model, job.pipeline, job.device)))
+        loops["hf"] = lambda: plain_iteration(job, plain, work, generate)
     loops = {name: loop for name, loop in loops.items() if name in spec["engines"]}
     for loop in loops.values():  # warm-up; Adam's moments are allocated
         loop()

@@ -24,7 +24,7 @@ from dschat_kit.data.datasets import (
     preference_batch,
     rank_share,
 )
-from dschat_kit.engine.engines import freeze, learning_rate, set_learning_rate
+from dschat_kit.engine.engines import learning_rate, set_learning_rate
 from dschat_kit.models.loading import check_length
 from dschat_kit.rlhf.logprobs import sequence_logprobs
 from dschat_kit.rlhf.losses import dpo_loss
@@ -33,7 +33,7 @@ from dschat_kit.train.ppo_metrics import summary
 from dschat_kit.train.prompts import PromptFeed, evaluate, sampling_of
 from dschat_kit.train.rank import main
 from dschat_kit.train.reward_report import right
-from dschat_kit.train.roles import load_policy, load_reward, reference, rollout_engine
+from dschat_kit.train.roles import load_policy, load_reward, reference, rollout_engine, scorer
 from dschat_kit.train.session import Session
 from dschat_kit.train.telemetry import peak_memory_mb
 
@@ -94,7 +94,7 @@ def build_roles(session: Session, tokenizer) -> Roles:
                                                                      pipeline.sampling.max_new_tokens))
     engine = session.trained(actor, settings)
     return Roles(actor=engine, critic=None, ref=reference(session, engine, tokenizer),
-                 reward=freeze(load_reward(session), pipeline, session.device))
+                 reward=scorer(session, load_reward(session)))
 
 
 def objective(roles: Roles, batch: SequenceBatch, beta: float, pairs: float) -> tuple[Tensor, dict]:

@@ -16,7 +16,7 @@ from dschat_kit.runs import read_json
 from dschat_kit.train import sft
 from dschat_kit.train.prompts import PromptFeed, answer, averages, sampling_of, text_rows
 from dschat_kit.train.rank import main
-from dschat_kit.train.roles import load_policy, load_reward, rollout_engine
+from dschat_kit.train.roles import load_policy, load_reward, rollout_engine, scorer
 from dschat_kit.train.session import Session
 
 
@@ -27,8 +27,7 @@ def judge(session: Session) -> dict:
     rows, texts = TokenRows(data, "eval"), text_rows(data, held_out=True)
     sampling = sampling_of(pipeline, tokenizer, pad_id)
 
-    ref = freeze(load_policy(session, tokenizer), pipeline, session.device)
-    reward = freeze(load_reward(session), pipeline, session.device)
+    ref, reward = scorer(session, load_policy(session, tokenizer)), scorer(session, load_reward(session))
     session.begin(len(cases), {})
     for step, case in enumerate(cases, 1):
         actor = freeze(load_policy(session, tokenizer, Path(case["model"])), pipeline, session.device)

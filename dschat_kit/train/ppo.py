@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dschat_kit.config import Ppo
 from dschat_kit.data.datasets import SequenceBatch, TokenRows
 from dschat_kit.engine.ema import Ema
-from dschat_kit.engine.engines import build_engine, freeze, grad_norm, learning_rate, set_learning_rate
+from dschat_kit.engine.engines import build_engine, grad_norm, learning_rate, set_learning_rate
 from dschat_kit.engine.hybrid import HybridEngine
 from dschat_kit.engine.rollout_types import KitBatch, KitRequest, KitSampling
 from dschat_kit.engine.shared import Role, SharedModel
@@ -43,7 +43,7 @@ from dschat_kit.train.prompts import (
     text_rows,
 )
 from dschat_kit.train.rank import main
-from dschat_kit.train.roles import load_policy, load_reward, reference, rollout_engine
+from dschat_kit.train.roles import load_policy, load_reward, reference, rollout_engine, scorer
 from dschat_kit.train.session import Session
 
 
@@ -141,8 +141,7 @@ def build_roles(session: Session, tokenizer) -> Roles:
     critic = add_adapters(load_reward(session), pipeline.lora, pipeline.seed) if settings.advantage == "gae" else None
     engine = trained(session, add_adapters(actor, pipeline.lora, pipeline.seed), settings.lr_actor)
     return Roles(actor=engine, critic=trained(session, critic, settings.lr_critic) if critic is not None else None,
-                 ref=reference(session, engine, tokenizer),
-                 reward=freeze(load_reward(session), pipeline, session.device))
+                 ref=reference(session, engine, tokenizer), reward=scorer(session, load_reward(session)))
 
 
 def trained(session: Session, model: nn.Module, lr: float, **more):

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from deepspeed import DeepSpeedEngine
+from torch import nn
 from transformers import PreTrainedModel
 
 from dschat_kit.engine.engines import freeze
@@ -12,6 +13,7 @@ from dschat_kit.engine.hybrid import HybridEngine
 from dschat_kit.engine.shared import Reference
 from dschat_kit.engine.zero import sharded_loading
 from dschat_kit.models.loading import load_causal_lm
+from dschat_kit.models.packed import pack
 from dschat_kit.models.scalar_model import ScalarModel, load_scalar_model
 from dschat_kit.runs import open_run
 from dschat_kit.train.session import Session
@@ -35,7 +37,12 @@ def reference(session: Session, actor: DeepSpeedEngine, tokenizer):
     """What the SFT model says: the actor without its adapters, or where it has none a second, frozen model."""
     if session.pipeline.lora.rank:
         return Reference(actor)
-    return freeze(load_policy(session, tokenizer), session.pipeline, session.device)
+    return scorer(session, load_policy(session, tokenizer))
+
+
+def scorer(session: Session, model: nn.Module) -> nn.Module:
+    """A frozen model that is only asked for what it says of rows: its weights lie as a CPU reads them best."""
+    return pack(freeze(model, session.pipeline, session.device))
 
 
 def rollout_engine(session: Session, actor: DeepSpeedEngine | PreTrainedModel) -> HybridEngine:
