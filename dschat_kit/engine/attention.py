@@ -80,9 +80,8 @@ class KVSlots:
         (H, 1, length) is added to the scores by column, the same in all layers."""
         keys, values = self._columns(layer, key.shape[2] if self._filled else self._used, key)
         if self._filled:
-            copies, width = (self._filled.stop - self._filled.start) // len(key), key.shape[2]
-            keys[self._filled, :, :width] = key.repeat_interleave(copies, 0)
-            values[self._filled, :, :width] = value.repeat_interleave(copies, 0)
+            for memory, new in ((keys, key), (values, value)):  # every sample of a prompt has its own
+                memory[self._filled, :, :key.shape[2]].unflatten(0, (len(key), -1)).copy_(new[:, None])
             return _prompt_attention(query, key, value, scaling, window, bias)
         if compiles(key):
             return attend_one(query, key, value, keys, values, self._positions, scaling, window, bias)

@@ -33,11 +33,12 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: 
     (slots, K, columns, D), or in the last `window` of them. The new key and value (n, K, 1, D) are stored in that last
     column before. `bias` (H, 1, columns) is added to the scores."""
     assert keys.is_contiguous() and values.is_contiguous()  # what is stored into a copy would be lost
-    output = torch.empty(len(query), query.shape[1], query.shape[3])
-    _compiled(_attend)(*(_memory(part[:, :, 0]) for part in (query, key, value)), _memory(keys), _memory(values),
-                       positions.numpy(), np.float32(scaling), window or 0,
-                       NO_BIAS if bias is None else _memory(bias[:, 0].float()), output.numpy())
-    return output[:, None].to(query.dtype)
+    output = query.new_empty(len(query), query.shape[1], query.shape[3])
+    loop = _compiled(_attend)
+    loop(*(_memory(part[:, :, 0]) for part in (query, key, value)), _memory(keys), _memory(values), positions.numpy(),
+         np.float32(scaling), window or 0, NO_BIAS if bias is None else _memory(bias[:, 0].float()), _memory(output),
+         numba.get_num_threads())
+    return output[:, None]
 
 
 def draw(logits: Tensor, temperature: float, uniforms: Tensor, forced: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,43 +76,44 @@ def _compile(loop):
         return numba.njit(**how)(loop)
 
 
-def _attend(query, key, value, keys, values, positions, scaling, window, bias, output):
+def _attend(query, key, value, keys, values, positions, scaling, window, bias, output, parts):
     n, H, D = query.shape
     K, columns = keys.shape[1:3]
-    for i in numba.prange(n * K):
-        row, shared = i // K, i % K
-        last = positions[row]
-        first = max(0, last - window + 1) if window else 0
-        # Memory that is read without gaps comes twice as fast, so a few columns that nobody looks at are read too.
-        end = columns if 2 * last > columns else last + 1
-        for d in range(D):
-            keys[row, shared, last, d], values[row, shared, last, d] = key[row, shared, d], value[row, shared, d]
-        probs, asked, found = np.empty(end, np.float32), np.empty(D, np.float32), np.empty(D, np.float32)
-        for h in range(shared * H // K, (shared + 1) * H // K):
+    for part in numba.prange(parts):
+        probs, asked, found = np.empty(columns, np.float32), np.empty(D, np.float32), np.empty(D, np.float32)
+        for i in range(part * n * K // parts, (part + 1) * n * K // parts):
+            row, shared = i // K, i % K
+            last = positions[row]
+            first = max(0, last - window + 1) if window else 0
+            # Memory that is read without gaps comes twice as fast, so a few columns that nobody looks at are read too.
+            end = columns if 2 * last > columns else last + 1
             for d in range(D):
-                asked[d] = _float(query[row, h, d]) * scaling
-            for t in range(end):
-                score = np.float32(0)
+                keys[row, shared, last, d], values[row, shared, last, d] = key[row, shared, d], value[row, shared, d]
+            for h in range(shared * H // K, (shared + 1) * H // K):
                 for d in range(D):
-                    score += asked[d] * _float(keys[row, shared, t, d])
-                probs[t] = score
-            if len(bias):
+                    asked[d] = _float(query[row, h, d]) * scaling
                 for t in range(end):
-                    probs[t] += bias[h, t]
-            highest, total = np.float32(-np.inf), np.float32(0)
-            for t in range(first, last + 1):
-                highest = max(highest, probs[t])
-            for t in range(first, last + 1):
-                probs[t] = _exp(probs[t] - highest)
-            for t in range(first, last + 1):
-                total += probs[t]
-            probs[:first], probs[last + 1:], found[:] = 0, 0, 0
-            for t in range(end):
-                prob = probs[t]
+                    score = np.float32(0)
+                    for d in range(D):
+                        score += asked[d] * _float(keys[row, shared, t, d])
+                    probs[t] = score
+                if len(bias):
+                    for t in range(end):
+                        probs[t] += bias[h, t]
+                highest, total = np.float32(-np.inf), np.float32(0)
+                for t in range(first, last + 1):
+                    highest = max(highest, probs[t])
+                for t in range(first, last + 1):
+                    probs[t] = _exp(probs[t] - highest)
+                for t in range(first, last + 1):
+                    total += probs[t]
+                probs[:first], probs[last + 1:], found[:] = 0, 0, 0
+                for t in range(end):
+                    prob = probs[t]
+                    for d in range(D):
+                        found[d] += prob * _float(values[row, shared, t, d])
                 for d in range(D):
-                    found[d] += prob * _float(values[row, shared, t, d])
-            for d in range(D):
-                output[row, h, d] = found[d] / total
+                    output[row, h, d] = _entry(found[d] / total, output[row, h, d])
 
 
 def _draw(logits, highest, scale, uniforms, tokens, logprobs, entropy):
@@ -154,6 +156,22 @@ def _float_of(x):
     if x is types.uint16:  # bf16 is the upper half of an fp32
         return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
     return lambda x: x
+
+
+def _entry(x, like):
+    """An fp32 as an entry of `_memory` like another."""
+
+
+@overload(_entry)
+def _entry_of(x, like):
+    if like is types.uint16:  # to the nearest, ties to even
+        return lambda x, like: np.uint16((_bits(x) + np.uint32(0x7FFF) + (_bits(x) >> 16 & np.uint32(1))) >> 16)
+    return lambda x, like: x
+
+
+@register_jitable
+def _bits(x):
+    return np.float32(x).view(np.uint32)
 
 
 @register_jitable
