@@ -39,7 +39,7 @@ def launch(folder: Path, jobs: list[dict], ranks: int, **environment: str) -> li
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-              "OMP_WAIT_POLICY": "passive", "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+              "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
               "MASTER_PORT": str(port), **environment}
     command = [sys.executable, str(Path(__file__).with_name("rank_program.py")), str(folder / "jobs.json")]
     logs = [open(folder / f"rank{rank}.log", "w+") for rank in range(ranks)]

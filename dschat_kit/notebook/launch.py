@@ -77,7 +77,7 @@ def child_environment(argv: list[str], port: int) -> dict[str, str]:
     machine = detect()
     ranks = option(argv, "--num_gpus", "--num_accelerators") or ""
     defaults = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1",
-                "OMP_WAIT_POLICY": "passive", "MASTER_PORT": str(port)}
+                "MASTER_PORT": str(port)}
     if machine.accelerator == "cpu":
         defaults["DS_ACCELERATOR"] = "cpu"
         if ranks.isdigit():  # else another launcher knows how many there are here, and a rank takes its share
