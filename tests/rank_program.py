@@ -15,7 +15,7 @@ from sickness import SICKNESSES
 
 from dschat_kit.engine.ema import Ema
 from dschat_kit.engine.zero import full_state_dict, whole_layers
-from dschat_kit.models import saving
+from dschat_kit.models import packed, saving
 from dschat_kit.rlhf.experience import Experience
 from dschat_kit.runs import StageRun, write_json
 from dschat_kit.train import dpo, judge, ppo, rank, reward, sft
@@ -116,6 +116,7 @@ def replay(session: Session, saved_average: str) -> dict:
 
 def main(jobs: list[dict]) -> None:
     first, deepspeed.zero.GatheredParameters = True, Counted
+    packed.LEAST = 0  # weights are packed as those of a model of real size are
     for job in jobs:
         run = StageRun(job["path"])
         if first:

@@ -253,6 +253,14 @@ def test_rows_of_a_given_length_end_there_and_nowhere_else():
         assert all(row[-1] == 1 and 1 not in row[:-1] for row in responses(batch))
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e9])
+@compiled_and_not
+def test_a_dropped_token_is_never_drawn_whatever_the_temperature(compiled, temperature):
+    logits, uniforms = torch.linspace(0, 1, 500).repeat(3, 1), torch.tensor([0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    tokens, logprobs, entropy = drawn(compiled, logits, uniforms, replace(SAMPLING, temperature=temperature, top_k=1))
+    assert tokens.tolist() == [499] * 3 and not logprobs.any() and not entropy.any()
+
+
 def test_given_lengths_hold_in_fp16():
     """Whose smallest number is -65504."""
     said = _Responses(replace(request(), row_lengths=torch.tensor([2, 1, 2, 2])), SAMPLING)

@@ -90,7 +90,7 @@ def test_a_draw_is_of_the_softmax(draw, n, V, scale, temperature, bf16, seed):
     logits[:, V // 2 + 1:] = -1e9
     logits[:, :V // 3] = -1e9
     forced[0], uniforms = V - 1, torch.rand(5).double()[:n]
-    uniforms[1:3] = torch.tensor([0.0, 1 - 2**-52], dtype=torch.float64)[:n - 1]
+    uniforms[1:3] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)[:n - 1]
     tokens, logprobs, entropy = draw(logits, temperature, uniforms, forced)
     true = (logits.double() / temperature).log_softmax(-1)  # of tokens at -1e9 with probability 0
     upper = true.exp().cumsum(-1)

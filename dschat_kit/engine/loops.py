@@ -3,7 +3,7 @@ first use: attention of one query a row, and the draw of a token.
 
 Both should take as long as reading memory does. torch's products and its attention kernel first bring keys and values
 into another order, twice the time; a draw made of torch's operations reads and writes logits seven times. What is
-computed is in fp32, sums of a distribution in fp64, whatever the dtype of the memory.
+computed is in fp32, sums over blocks of a distribution in fp64, whatever the dtype of the memory.
 
 Shapes: n rows, H heads, K key-value heads, D head size, V vocabulary.
 """

@@ -17,17 +17,16 @@ from dschat_kit.engine.rollout_types import KitSampling
 NEVER = -1e9
 """Logit of a token that is not to be chosen; finite, so that probability 0 times it is 0."""
 
+
 def row_uniforms(seeds: Tensor, length: int, samples: int = 1) -> Tensor:
-    """(B * samples, length) uniform numbers from 0 to 1 - 2^-52, each row a function of its own seed and sample alone.
-    """
+    """(B * samples, length) uniform numbers in [0, 1), each row a function of its own seed and sample alone."""
     found, source = np.empty((len(seeds) * samples, length)), np.random.Philox(key=0)
     draw, start = np.random.Generator(source), source.state
     for row, (seed, sample) in enumerate(itertools.product(seeds.tolist(), range(samples))):
         start["state"]["key"][:] = seed, sample
         source.state = start  # a generator of its own for each row would ask the system for entropy each time
         found[row] = draw.random(length)
-    # A larger one times a total can round to the total, behind which there are only tokens of probability 0.
-    return torch.from_numpy(np.minimum(found, 1 - 2**-52, out=found))
+    return torch.from_numpy(found)
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor | None, sampling: KitSampling,
@@ -38,11 +37,12 @@ def sample_tokens(logits: Tensor, uniforms: Tensor | None, sampling: KitSampling
     Log-probabilities and entropy (in nats) are those of the distribution that was sampled, temperature and filters
     included.
     """
-    logits = _filtered(logits, sampling)
+    logits = _filtered(logits.float() if logits.dtype == torch.float16 else logits, sampling)
     if forced is None:
         forced = torch.full((len(logits),), -1, device=logits.device)
     if sampling.temperature == 0:
-        forced, uniforms = torch.where(forced < 0, logits.argmax(-1), forced), torch.zeros(len(logits)).double()
+        forced = torch.where(forced < 0, logits.argmax(-1), forced)
+        uniforms = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
     draws = draw if compiles(logits) else _draw
     return draws(logits, sampling.temperature or 1.0, uniforms.to(logits.device), forced)
 
@@ -76,16 +76,16 @@ def _filtered(logits: Tensor, sampling: KitSampling) -> Tensor:
     temperature = sampling.temperature
     if temperature == 0 or (sampling.top_k <= 0 and sampling.top_p == 1 and sampling.min_p == 0):
         return logits
-    logits = logits.float()
+    logits, never = logits.float(), NEVER * max(temperature, 1)
     if sampling.top_k > 0:
         lowest = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < lowest, NEVER)
+        logits = logits.masked_fill(logits < lowest, never)
     if sampling.top_p < 1:
         ordered, order = logits.sort(descending=True)
         probs = (ordered / temperature).softmax(-1)
         outside = probs.cumsum(-1) - probs >= sampling.top_p
-        logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), NEVER)
+        logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), never)
     if sampling.min_p > 0:
         lowest = logits.amax(-1, keepdim=True) + temperature * math.log(sampling.min_p)
-        logits = logits.masked_fill(logits < lowest, NEVER)
+        logits = logits.masked_fill(logits < lowest, never)
     return logits

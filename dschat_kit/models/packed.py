@@ -32,8 +32,8 @@ class PackedLinear(nn.Linear):
 def packable(model: nn.Module, dtype: torch.dtype, device: torch.device) -> list[PackedLinear]:
     """Layers of a model that will have this dtype and device, ready to be packed; none where that is not possible."""
     mkldnn = torch.ops.mkldnn
-    known = dtype == torch.float32 or (dtype == torch.bfloat16 and detect().bf16)
-    if not (known and device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if not (device.type == "cpu" and torch.backends.mkldnn.is_available()
+            and (dtype == torch.float32 or (dtype == torch.bfloat16 and detect().bf16))
             and hasattr(mkldnn, "_reorder_linear_weight") and hasattr(mkldnn, "_linear_pointwise")):
         return []
     least = LEAST if dtype == torch.float32 else 0

@@ -52,7 +52,8 @@ SHAPES = {
 
 
 def load_model(name: str, dtype: str, auto_class=AutoModelForCausalLM, **changes):
-    """Random weights of a named shape, or the model in a folder or on the Hub; the same on every rank."""
+    """Random weights of a named shape, or the model in a folder or on the Hub; the same in every call on every rank."""
+    torch.manual_seed(0)  # also of a head that a folder has not
     if not name.startswith("random:"):
         config = load_config(name)
         for field, value in changes.items():
@@ -67,7 +68,6 @@ def load_model(name: str, dtype: str, auto_class=AutoModelForCausalLM, **changes
     off = dict.fromkeys(("dropout", "attention_dropout", "hidden_dropout", "activation_dropout"), 0.0)
     config = AutoConfig.for_model(architecture, **shape, **off, **changes, pad_token_id=0, eos_token_id=1,
                                   bos_token_id=1)
-    torch.manual_seed(0)
     return auto_class.from_config(config, dtype=DTYPES[dtype]).eval()
 
 
