@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `dschat bench rollout` and `dschat bench ppo`."""
     option = parser.add_argument
     option("--model", default="random:opt-125m", metavar="NAME", help="a folder, a Hub name or random:opt-125m (also "
-           "llama, bloom, gpt-neox, qwen3)")
+           "llama, bloom, gpt-neox, qwen3, tiny)")
     option("--ranks", type=int, default=1, metavar="N")
     option("--zero", type=int, default=0, choices=range(4))
     option("--batch", type=int, default=64, metavar="ROWS", help="rows of each rank")
@@ -117,12 +117,12 @@ def _rows(path: Path, column: str) -> list[str]:
     return [row[column] for row in rows]
 
 
-def _reason(said: str) -> str:
-    """The last error for users among what ranks printed, without its traceback; the end of it all where there is none.
-    """
+def _reason(code: int, said: str) -> str:
+    """The last error for users among what ranks printed, without its traceback; where there is none, exit code and end
+    of it all."""
     said = re.sub(r"^\[rank\d+\]:? ?", "", said, flags=re.MULTILINE)
     errors = re.findall(r"^dschat_kit\.\w+\.(?:ConfigError|RunError): (.*(?:\n  .*)*)", said, flags=re.MULTILINE)
-    return errors[-1] if errors else said[-3000:].strip()
+    return errors[-1] if errors else f"the measurement ended with exit code {code}\n  {said[-3000:].strip()}"
 
 
 def _launch(spec: dict, ranks: int) -> dict:
@@ -136,6 +136,5 @@ def _launch(spec: dict, ranks: int) -> dict:
         probe.close()
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not path.with_suffix(".result").exists():
-            raise RunError(f"the measurement ended with exit code {done.returncode}\n"
-                           f"  {_reason(done.stdout + done.stderr)}")
+            raise RunError(_reason(done.returncode, done.stdout + done.stderr))
         return read_json(path.with_suffix(".result"))

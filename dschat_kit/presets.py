@@ -1,5 +1,7 @@
 """Named pipelines. A preset is data: `--set section.field=value` changes any of it."""
 
+import difflib
+
 from dschat_kit.config import Checkpoint, Data, Dpo, Lora, Model, Pipeline, Ppo, Reward, Rollout, Sampling, Sft, Zero
 from dschat_kit.sections import error
 
@@ -56,5 +58,7 @@ PRESETS: dict[str, Pipeline] = {
 def get_preset(name: str) -> Pipeline:
     """The pipeline of that name. Raises ConfigError with the names there are."""
     if name not in PRESETS:
-        raise error("--preset", repr(name), f"one of {', '.join(PRESETS)}", "the name")
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        raise error("--preset", repr(name), f"one of {', '.join(PRESETS)}",
+                    f"did you mean {near[0]}?" if near else "the name")
     return PRESETS[name]

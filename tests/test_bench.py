@@ -84,11 +84,12 @@ def test_a_shape_that_is_none_and_rows_beyond_the_positions_are_said():
 
 
 def test_what_a_rank_says_to_users_is_said_without_its_traceback():
-    said = bench._reason("[rank0]: Traceback (most recent call last):\n[rank0]:   File \"x.py\", line 1\n"
+    said = bench._reason(1, "[rank0]: Traceback (most recent call last):\n[rank0]:   File \"x.py\", line 1\n"
                          "[rank0]: dschat_kit.config.ConfigError: /nope: no model\n[rank0]:   expected: a folder\n"
                          "[rank0]:   change:   the name\n[2026-11-30 06:00:00] [INFO] killing\n")
     assert said == "/nope: no model\n  expected: a folder\n  change:   the name"
-    assert bench._reason("\n".join(map(str, range(2000)))).endswith("1998\n1999")
+    other = bench._reason(7, "\n".join(map(str, range(2000))))
+    assert other.startswith("the measurement ended with exit code 7\n") and other.endswith("1998\n1999")
 
 
 def test_a_reader_gets_a_table():
