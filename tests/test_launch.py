@@ -295,9 +295,11 @@ def test_deepspeed_gets_a_port_of_its_own_unless_one_is_named():
 def test_environment_defaults_and_the_users_own_values(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     two = child_environment(["deepspeed", "--num_gpus", "64"], 20001)
     assert two["OMP_NUM_THREADS"] == "1" and two["PYTHONUNBUFFERED"] == "1" and two["MASTER_PORT"] == "20001"
     assert two["TOKENIZERS_PARALLELISM"] == "true"
+    assert "OMP_WAIT_POLICY" not in two  # passive threads sleep between the many small parts of a decode step
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert "OMP_NUM_THREADS" not in child_environment(["srun", "node.sh"], 20001)  # which knows how many ranks are here
     assert two["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
